@@ -85,9 +85,7 @@ def test_images_missing_from_the_table_are_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["", "train/", "wrapper/"])
-def test_warning_names_class_folders_without_images(
-    tmp_path: Path, pack: Callable[[Path], Path], prefix: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_warning_names_class_folders_without_images(tmp_path, pack, prefix, caplog):
     root = write_data(tmp_path / "data", *(prefix + name for name in (*IMAGE_FILES, "cow/a.txt", "pig/@eaDir/1.png")))
     for name in ("hen", "valid"):
         (root / prefix / name).mkdir()
@@ -99,9 +97,7 @@ def test_warning_names_class_folders_without_images(
 
 @pytest.mark.parametrize("names", [["cow/1.dng"], ["cow/1.jpg_large", "cow/2.txt"], ["cow/1"], ["cow/deep/1.cr2"]])
 @pytest.mark.parametrize("prefix", ["", "train/"])
-def test_classes_without_readable_files_are_reported_as_lost(
-    tmp_path: Path, pack: Callable[[Path], Path], names: list[str], prefix: str
-) -> None:
+def test_classes_without_readable_files_are_reported_as_lost(tmp_path, pack, names, prefix):
     rows = load_rows(pack(write_data(tmp_path / "data", *(prefix + name for name in (*IMAGE_FILES, *names)))))
     assert (rows.classes, list(rows.lost)) == (("cat", "dog"), ["cow"])
     with pytest.raises(DataError, match=r"'cow'.* only 1 class"):

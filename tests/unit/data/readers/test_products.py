@@ -36,9 +36,7 @@ def test_images_get_the_class_of_their_column_and_their_product_and_category(tmp
     assert rows.ids.to_pylist() == rows.paths.to_pylist()
 
 
-def test_products_without_images_and_duplicate_images_in_one_row_are_reported(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_products_without_images_and_duplicate_images_in_one_row_are_reported(tmp_path, caplog):
     rows = read_products(tmp_path, "1,x,a.png,,b.png,,", "2,x,,,,, & ", "3,y,c.png,./c.png,,,")
     assert Counter(rows.groups.to_pylist()) == {"1": 2, "3": 1}
     assert "1 products of image_data.csv" in caplog.text

@@ -63,11 +63,8 @@ def test_class_names_similar_to_split_parts_remain_classes(tmp_path: Path, class
         (["a/1.png", "b/x/1.png", "b/y/1.png"], "'b/x', 'b/y'"),
     ],
 )
-def test_ambiguous_image_folders_cause_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, names: list[str], message: str
-) -> None:
-    with caplog.at_level(logging.WARNING):
-        assert load_rows(write_data(tmp_path / "data", *names)).classes == ("a", "b")
+def test_ambiguous_image_folders_cause_a_warning(tmp_path, caplog, names, message):
+    assert load_rows(write_data(tmp_path / "data", *names)).classes == ("a", "b")
     assert message in caplog.text
 
 
@@ -284,9 +281,7 @@ def test_error_for_an_ambiguous_image_name_lists_the_candidates(tmp_path: Path) 
     ("name", "folders"),
     [("train", ["images"]), ("train", ["photos_1", "photos_2"]), ("labels", ["train"]), ("labels", ["train/images"])],
 )
-def test_column_that_names_the_images_is_the_path_column(
-    tmp_path: Path, header: str, folders: list[str], name: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_column_that_names_the_images_is_the_path_column(tmp_path, header, folders, name, caplog):
     names = write_images(tmp_path / "data", *folders)
     write_data(tmp_path / "data", "test/900.jpg", "test/901.jpg", **{name: make_table(header)})
     with caplog.at_level(logging.INFO):
@@ -320,9 +315,7 @@ def test_path_column_is_not_guessed_if_ambiguous_or_configured(tmp_path: Path) -
 EQUIVALENT_LABELS = ["caf\u00e9", "cafe\u0301", " caf\u00e9 ", "caf\u00e9\u200b", "\ufeffcaf\u00e9", "ca\u00adf\u00e9"]
 
 
-def test_labels_that_differ_only_in_blanks_or_invisible_characters_are_merged_and_logged(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_labels_that_differ_only_in_blanks_or_invisible_characters_are_merged_and_logged(tmp_path, caplog):
     names = [f"{n}.png" for n in range(len(EQUIVALENT_LABELS) + 1)]
     lines = [f"{name},{label}" for name, label in zip(names, [*EQUIVALENT_LABELS, "dog"], strict=True)]
     root = write_data(tmp_path / "data", *names, train="\n".join(["path,label", *lines]))

@@ -58,7 +58,6 @@ def test_fold_table_returns_the_rows_of_folds_and_parts(table: FoldTable) -> Non
     assert sorted(np.concatenate([table.valid_rows(fold) for fold in range(3)]).tolist()) == list(range(20))
     for fold in range(3):
         assert sorted([*table.train_rows(fold), *table.valid_rows(fold)]) == list(range(20))
-        assert not set(table.train_rows(fold)) & set(table.valid_rows(fold))
     for fold in (-1, 3):
         with pytest.raises(SettingsError, match="folds 0 to 2"):
             table.train_rows(fold)
@@ -68,10 +67,9 @@ def test_fold_table_returns_the_rows_of_folds_and_parts(table: FoldTable) -> Non
     assert table.labels()[rows].tolist() == ["고양이", "fold"]
     part = np.where(np.arange(ROWS) < 12, "train", np.where(np.arange(ROWS) < 18, "valid", "test"))
     parts = replace(table, part=part, fold=np.where(part == "valid", 0, -1).astype(np.int16))
+    selected = (parts.train_rows(0), parts.valid_rows(0), parts.held_out_rows())
+    assert [rows.tolist() for rows in selected] == [[*range(12)], [*range(12, 18)], [*range(18, 24)]]
     assert parts.num_folds == 1
-    assert parts.train_rows(0).tolist() == list(range(12))
-    assert parts.valid_rows(0).tolist() == list(range(12, 18))
-    assert parts.held_out_rows().tolist() == list(range(18, 24))
 
 
 @pytest.mark.parametrize(
@@ -79,7 +77,7 @@ def test_fold_table_returns_the_rows_of_folds_and_parts(table: FoldTable) -> Non
     [
         ("id", ["000"] * 2 + [f"{row:03d}" for row in range(2, ROWS)], "duplicate ids"),
         ("id", [None] + [str(row) for row in range(1, ROWS)], "empty values"),
-        ("path", None, "path"),
+        ("path", [], "path"),
         ("fold", ["x"] * ROWS, "not a table"),
         ("fold", [-1] * ROWS, r"folds \[\]"),
         ("fold", [0] * 10 + [2] * 10 + [-1] * 4, r"folds \[0, 2\]"),
@@ -88,15 +86,12 @@ def test_fold_table_returns_the_rows_of_folds_and_parts(table: FoldTable) -> Non
         ("label", ["other"] * ROWS, "'other'"),
     ],
 )
-def test_invalid_table_is_rejected(
-    table: FoldTable, tmp_path: Path, column: str, value: list | None, message: str
-) -> None:
+def test_invalid_table_is_rejected(table: FoldTable, tmp_path: Path, column: str, value: list, message: str) -> None:
     path = tmp_path / "folds.parquet"
     write_folds(path, table)
     stored = pq.read_table(path)
-    position = stored.column_names.index(column)
-    broken = stored.remove_column(position)
-    pq.write_table(broken if value is None else broken.append_column(column, pa.array(value)), path)
+    broken = stored.drop_columns([column])
+    pq.write_table(broken.append_column(column, pa.array(value)) if value else broken, path)
     write_json(tmp_path / "classes.json", {"classes": list(CLASSES)})
     with pytest.raises(DataError, match=message):
         read_folds(path, tmp_path / "classes.json")
