@@ -41,13 +41,7 @@ RESUMES = [
 """Training of a fold that is long enough to be interrupted."""
 
 
-def draw(
-    path: Path,
-    random: np.random.Generator,
-    channel: int | slice | None = None,
-    by: int = 100,
-    size: tuple[int, int] = (12, 12),
-) -> None:
+def draw(path: Path, random: np.random.Generator, channel=None, by: int = 100, size=(12, 12)) -> None:
     """Write an image of random pixels; make one channel (or a slice of them) brighter by `by`."""
     pixels = random.integers(0, 120, (*size, 3))
     if channel is not None:

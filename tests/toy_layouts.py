@@ -6,7 +6,7 @@ class names, tables with a byte-order mark, `&` between paths, a folder per pers
 
 import csv
 import hashlib
-import zipfile
+import shutil
 from collections.abc import Iterable, Sequence
 from itertools import product
 from pathlib import Path
@@ -35,9 +35,7 @@ def draw_cars(root: Path) -> None:
     write_table(folder / "gt.csv", ("ID", "label"), [(name, CARS[number % 4]) for number, name in enumerate(names)])
     columns = sorted(CARS)
     write_table(folder / "sample_submission.csv", ("ID", *columns), [(name, *[0] * len(columns)) for name in names])
-    with zipfile.ZipFile(root / "open.zip", "w") as archive:
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            archive.write(path, path.relative_to(folder).as_posix())
+    shutil.make_archive(str(folder), "zip", folder)
 
 
 def draw_sketches(root: Path) -> None:

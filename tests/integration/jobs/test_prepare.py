@@ -92,8 +92,7 @@ def test_prepare_writes_one_cache_of_all_images_and_skips_the_second_run(inputs,
     (folder,) = (path.parent for path in prepared_cache.glob(f"*/{HEADER_FILE}"))
     cache = Cache(folder)
     cache.verify()
-    assert len(cache) == 48
-    assert cache.decode_options == DecodeOptions()
+    assert (len(cache), cache.decode_options) == (48, DecodeOptions())
     record = json.loads((prepared_cache / "stage.json").read_text())
     assert set(record["outputs"]) == {f"output/{folder.name}/{name}" for name in (PIXELS_FILE, INDEX_FILE, HEADER_FILE)}
     assert record["metrics"] == {"images": 48, "bytes": cache.bytes}

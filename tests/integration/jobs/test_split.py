@@ -192,11 +192,9 @@ def test_a_million_rows_are_split_within_cpu_and_memory_limits(tmp_path):
     assert_split_is_cheap(tmp_path, "data.group_column=person")
 
 
-PRODUCTS = ("data.layout=products", "split.ratios=[0.8,0.1,0.1]", "split.seed=2025")
-
-
 def test_products_stay_whole_and_parts_are_balanced_by_category(products, tmp_path):
-    assert run_stage(tmp_path, "split", "split", *PRODUCTS, TRAIN=products.root) == 0
+    settings = ("data.layout=products", "split.ratios=[0.8,0.1,0.1]", "split.seed=2025")
+    assert run_stage(tmp_path, "split", "split", *settings, TRAIN=products.root) == 0
     table, output = read_table(tmp_path), tmp_path / "split" / "output"
     files = {"train": "train_data.csv", "valid": "validation_data.csv", "test": "test_data.csv"}
     parts = {part: read_rows(output / name) for part, name in files.items()}

@@ -49,13 +49,9 @@ def replace_size(path: Path, size: int) -> None:
     path.write_bytes(path.read_bytes().replace(struct.pack("<I", 2**20), struct.pack("<I", size)))
 
 
-def read_all(store: ImageStore) -> dict[str, bytes]:
-    return {name: store.read(name) for name in store.names()}
-
-
 def test_folder_and_zip_contain_the_same_files(store: ImageStore) -> None:
     assert store.names() == sorted(FILES)
-    assert read_all(store) == FILES
+    assert {name: store.read(name) for name in store.names()} == FILES
     assert (store.exists("a/0.bin"), store.exists("a/9.bin")) == (True, False)
     assert list_folder(store, "") == (["a", "c d", "나비"], ["top.csv"])
     assert list_folder(store, "a") == ([], [f"{n}.bin" for n in range(4)])
@@ -96,7 +92,7 @@ def test_zip_names_from_korean_windows_and_macos_are_normalised(tmp_path: Path) 
     # A zip from Korean Windows: names in cp949, without the UTF-8 flag.
     path.write_bytes(path.read_bytes().replace(b"NAMES", "가".encode("cp949") + "나b".encode("cp949")))
     store = open_store(path)
-    assert read_all(store) == {"가나b/1.bin": b"cp949", "나비/2.bin": b"decomposed"}
+    assert {name: store.read(name) for name in store.names()} == {"가나b/1.bin": b"cp949", "나비/2.bin": b"decomposed"}
     assert store.read("\u1102\u1161\u1107\u1175/2.bin") == b"decomposed"
 
 

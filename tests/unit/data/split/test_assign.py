@@ -9,7 +9,7 @@ from sklearn.metrics import confusion_matrix
 from sklearn.model_selection import StratifiedGroupKFold
 
 from fivefold.config.schema import Split
-from fivefold.data.split.assign import find_duplicates, group_codes, merge_groups, rank_labels, split_groups, split_rows
+from fivefold.data.split.assign import find_duplicates, group_codes, merge_groups, split_groups, split_rows
 from fivefold.errors import SettingsError
 
 
@@ -151,9 +151,3 @@ def test_each_row_without_a_group_gets_its_own_code() -> None:
     codes = group_codes(pa.array(["p", None, "q", "p", None]))
     assert codes[0] == codes[3]
     assert len(set(codes.tolist())) == 4
-
-
-def test_labels_are_ranked_in_pandas_sort_order() -> None:
-    assert rank_labels(["-1", "10", "2"]).tolist() == [0, 2, 1]
-    assert rank_labels(["10", "2", "a"]).tolist() == [0, 1, 2]
-    assert rank_labels(["b", "A", "é", "B"]).tolist() == [2, 0, 3, 1]
