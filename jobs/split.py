@@ -39,8 +39,14 @@ def main(job: StageContext, settings: Settings) -> StageResult:
     hashes, skipped, pictures, known = pa.nulls(len(rows), pa.string()), [], rows.paths, rows.classes
     if split.verify_images:
         opened = verify.verify_images(store, rows.paths, decode_options(settings.data))
-        rows, opened, skipped = verify.drop_unreadable(rows, opened, split.skip_unreadable)
-        hashes, pictures = opened.sha256, opened.pixels
+        skipped = opened.failures(rows.paths)
+        if skipped and not split.skip_unreadable:
+            reasons = "; ".join(failure["reason"] for failure in skipped[: verify.MAX_LISTED])
+            raise DataError(
+                f"{len(skipped)} of {len(rows)} images cannot be read, such as: {reasons}; repair or remove them, or set "
+                "split.skip_unreadable=true to ignore them"
+            )
+        rows, hashes, pictures = rows.take(opened.readable), opened.sha256.drop_null(), opened.pixels[opened.readable]
     tested = verify_eval(job, settings, rows)
     duplicates = find_duplicates(pictures)
     fold, part = assign_rows(rows, duplicates, split)

@@ -38,7 +38,11 @@ def summarise(
 
     `skipped`: paths and reasons of unreadable images, which are not in the table; `lost`: classes that had no other images.
     """
-    bins, per_class = class_counts(table)
+    parts = np.unique(table.part[table.fold < 0])
+    bins = [f"fold {fold}" for fold in range(table.num_folds)] + parts.tolist()  # each fold, then each part without a fold
+    bin_of_row = np.where(table.fold < 0, table.num_folds + np.searchsorted(parts, table.part), table.fold)
+    per_class = np.zeros((len(table.classes), len(bins)), int)
+    np.add.at(per_class, (table.codes, bin_of_row), 1)
     conflicting = [rows for rows in duplicates.sets if len(np.unique(table.codes[rows])) > 1]
     labels = table.labels()
     counts = dict(zip(table.classes, per_class.sum(axis=1).tolist(), strict=True))
@@ -71,15 +75,6 @@ def summarise(
         "bins": bins,
         "rows_per_class": {name: per_class[code].tolist() for code, name in enumerate(table.classes)},
     }
-
-
-def class_counts(table: FoldTable) -> tuple[list[str], np.ndarray]:
-    """Return the names of the bins (each fold, then each part without a fold), and the rows per class and bin: [C, bins]."""
-    parts = np.unique(table.part[table.fold < 0])
-    bins = np.where(table.fold < 0, table.num_folds + np.searchsorted(parts, table.part), table.fold)
-    names = [f"fold {fold}" for fold in range(table.num_folds)] + parts.tolist()
-    cells = np.bincount(table.codes * len(names) + bins, minlength=len(table.classes) * len(names))
-    return names, cells.reshape(len(table.classes), len(names))
 
 
 def describe_data(summary: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -9,7 +9,6 @@ import pyarrow as pa
 
 from fivefold.data.image_io import DecodeOptions, decode, map_in_threads, pixel_digest
 from fivefold.data.readers.stores import ImageStore
-from fivefold.data.readers.training_rows import LabelledImages
 from fivefold.errors import DataError
 from fivefold.progress import track
 
@@ -74,20 +73,3 @@ def describe_failures(unreadable: Mapping[int, str], paths: Sequence[str]) -> st
     """Return the first few reasons of `unreadable` rows, which name their images, then the paths of the others among all `paths`."""
     rest = [paths[row] for row in unreadable][MAX_LISTED:]
     return "; ".join(list(unreadable.values())[:MAX_LISTED]) + (f"; and {', '.join(rest)}" if rest else "")
-
-
-def drop_unreadable(
-    rows: LabelledImages, opened: VerifiedImages, skip: bool
-) -> tuple[LabelledImages, VerifiedImages, list[dict[str, str]]]:
-    """Return the rows with a readable image, and the path and reason of the others.
-
-    Without `skip`, raise a DataError that lists the first few unreadable images.
-    """
-    if opened.unreadable and not skip:
-        raise DataError(
-            f"{len(opened.unreadable)} of {len(rows)} images cannot be read, such as: "
-            f"{'; '.join(list(opened.unreadable.values())[:MAX_LISTED])}; "
-            "repair or remove them, or set split.skip_unreadable=true to ignore them"
-        )
-    kept = VerifiedImages(opened.sha256.drop_null(), opened.pixels[opened.readable], {})
-    return rows.take(opened.readable), kept, opened.failures(rows.paths)
