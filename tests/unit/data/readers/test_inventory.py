@@ -79,11 +79,6 @@ def test_files_of_other_formats_are_counted_by_suffix(tmp_path: Path, pack: Call
     assert image_paths == sorted([*IMAGE_FILES, "cat/3.dng", "cat/4.DNG", "dog/4", "cover.png"])
 
 
-def test_images_missing_from_the_table_are_counted(tmp_path: Path) -> None:
-    table = "path,label\ncat/1.png,a\ndog/1.png,b\n"
-    assert load_rows(write_data(tmp_path / "data", *IMAGE_FILES, train=table)).ignored == {"not in the table": 2}
-
-
 @pytest.mark.parametrize("prefix", ["", "train/", "wrapper/"])
 def test_warning_names_class_folders_without_images(tmp_path, pack, prefix, caplog):
     root = write_data(tmp_path / "data", *(prefix + name for name in (*IMAGE_FILES, "cow/a.txt", "pig/@eaDir/1.png")))

@@ -124,13 +124,13 @@ def test_group_names_are_normalised_like_labels(tmp_path: Path) -> None:
     assert loaded_groups == ["p1", "p1", "p1", "caf\u00e9", "caf\u00e9", None, None]
 
 
-def test_columns_are_configurable_and_values_stay_text(tmp_path: Path) -> None:
+def test_columns_are_configurable_values_stay_text_and_other_images_are_counted(tmp_path: Path) -> None:
     table = "no,file,kind,who,path,label\n007,1.png,NA,p1,x,x\n7,2.png,1.0,,x,x\n08,3.png,1,p1,x,x\n"
-    root = write_data(tmp_path / "data", "1.png", "2.png", "3.png", train=table)
+    root = write_data(tmp_path / "data", *(f"{n}.png" for n in range(1, 6)), train=table)
     rows = load_rows(root, id_column="no", path_column="file", label_column="kind", group_column="who")
     assert rows.ids.to_pylist() == ["007", "7", "08"]
-    assert rows.classes == ("1", "1.0", "NA")
-    assert rows.groups.to_pylist() == ["p1", None, "p1"]
+    assert (rows.classes, rows.groups.to_pylist()) == (("1", "1.0", "NA"), ["p1", None, "p1"])
+    assert rows.ignored == {"not in the table": 2}
 
 
 def test_a_stray_csv_does_not_hide_class_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
