@@ -156,7 +156,9 @@ def test_digest_without_image_verification_covers_tables_and_names(tmp_path):
     write_data(tmp_path, "a.png", "b.zip", train="path,label\n")
 
     def digests() -> list[str]:
-        return [channel_digest("train", tmp_path, tmp_path, {"split.verify_images": verify}) for verify in (False, True)]
+        return [
+            channel_digest("train", tmp_path, tmp_path, {"split.verify_images": verify}) for verify in (False, True)
+        ]
 
     history = [digests()]
     for name, content in [("a.png", b"3"), ("c.png", b""), ("train.csv", b"path,label\n1,2\n"), ("b.zip", b"4")]:

@@ -92,7 +92,11 @@ def test_image_folder_is_read_without_a_table(tmp_path: Path) -> None:
         (["1.png"], {"test": "ID,img_path\na,1.png\nb,2.png\n"}, r"1 of 2 files .*'2\.png'"),
         (["1.png"], {"test": "ID,img_path\na,../1.png\n"}, r"'\.\./1\.png'"),
         (["1.png"], {"test": "ID,img_path\na,1.png\na,1.png\n"}, "ids .*'ID': 'a'"),
-        (["1.png"], {"test": "ID,name\na,b.png\n"}, "no column image_path, img_path, path or the like; it has ID, name"),
+        (
+            ["1.png"],
+            {"test": "ID,name\na,b.png\n"},
+            "no column image_path, img_path, path or the like; it has ID, name",
+        ),
     ],
 )
 def test_missing_images_and_invalid_tables_are_rejected(tmp_path: Path, names: list[str], tables: dict, message: str):

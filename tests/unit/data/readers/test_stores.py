@@ -99,7 +99,10 @@ def test_zip_names_from_korean_windows_and_macos_are_normalised(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        *((["가/1.jpg", same], r"bad\.zip: .*'가/1\.jpg'") for same in ("\u1100\u1161/1.jpg", "./가//1.jpg", "가\\1.jpg")),
+        *(
+            (["가/1.jpg", same], r"bad\.zip: .*'가/1\.jpg'")
+            for same in ("\u1100\u1161/1.jpg", "./가//1.jpg", "가\\1.jpg")
+        ),
         *((["fine.jpg", name], r"evil\.jpg.*leads out") for name in ("../evil.jpg", "a/../../evil.jpg")),
         *((["fine.jpg", name], r"evil\.jpg.*leads out") for name in ("/etc/evil.jpg", "C:/evil.jpg", "..\\evil.jpg")),
     ],
