@@ -14,8 +14,13 @@ import torch
 from albumentations.augmentations.geometric import functional as geometric
 from albumentations.augmentations.pixel import functional as pixel
 
-from fivefold.data.transforms.functional import brightness, centre_crop_pixels, remap_axes, unsharp_mask
-from fivefold.data.transforms.registry import horizontal_flip
+from fivefold.data.transforms.registry import (
+    brightness,
+    centre_crop_pixels,
+    horizontal_flip,
+    remap_axes,
+    unsharp_mask,
+)
 
 COARSE = torch.rand(1, 3, 12, 9, generator=torch.Generator().manual_seed(0))
 SMOOTH = torch.nn.functional.interpolate(COARSE, (96, 72), mode="bicubic")[0].mul(255).clamp(0, 255).to(torch.uint8)

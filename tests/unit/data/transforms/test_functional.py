@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fivefold.data.transforms.functional import (
+from fivefold.data.transforms.registry import (
     coarse_dropout,
     grid_distortion,
     linear_colour_jitter,
