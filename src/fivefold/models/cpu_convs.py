@@ -138,9 +138,7 @@ def _matmul_weight_grad(
     return product.view(outputs, *kernel, inputs).permute(0, 3, 1, 2)
 
 
-def _conv_grads(
-    images: Tensor, weight: Tensor, grad: Tensor, geometry: Geometry, needed: tuple[bool, bool]
-) -> Gradients:
+def _conv_grads(images: Tensor, weight: Tensor, grad: Tensor, geometry: Geometry, needed: Needed) -> Gradients:
     """Convolve the output's gradient with the flipped kernel for the images' gradient; oneDNN handles narrow kernels' weights."""
     padding = geometry[1]
     grad_padding = [size - 1 - pad for size, pad in zip(weight.shape[2:], padding, strict=True)]
@@ -164,9 +162,7 @@ def _wide_weight_grad(images: Tensor, grad: Tensor, padding: tuple[int, int]) ->
     return sums.view(count, channels, *sums.shape[2:]).sum(dim=0, dtype=wider)
 
 
-def _onednn_grads(
-    images: Tensor, weight: Tensor, grad: Tensor, geometry: Geometry, needed: tuple[bool, bool]
-) -> Gradients:
+def _onednn_grads(images: Tensor, weight: Tensor, grad: Tensor, geometry: Geometry, needed: Needed) -> Gradients:
     stride, padding, dilation = map(list, geometry)
     options = (stride, padding, dilation, False, [0, 0], len(weight), [*needed, False])
     return torch.ops.aten.convolution_backward(grad, images, weight, None, *options)[:2]
