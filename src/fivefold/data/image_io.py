@@ -77,7 +77,7 @@ class DecodeOptions:
     max_pixels: float = field(default=MAX_PIXELS, compare=False)
 
     def decode(self, content: bytes, name: str, min_size: int = 0, **bounds: Any) -> np.ndarray:
-        """Return the pixels uint8 [H, W, 3] of an image file at their stored size; the lower of the two `max_pixels` applies."""
+        """Return the pixels uint8 [H, W, 3] of an image file at their stored size; `bounds` as in `decode`, the lower `max_pixels` applies."""
         sides = [side for side in (self.resize_shorter_side * self.scaled, min_size) if side]
         bounds["max_pixels"] = min(bounds.get("max_pixels", math.inf), self.max_pixels)
         return self.resize(decode(content, name, min_size=min(sides, default=0), **bounds))

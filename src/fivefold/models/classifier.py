@@ -4,7 +4,6 @@ Heads by name map features [B, F] to logits [B, C]. Every head has `dropout` bef
 """
 
 from collections.abc import Callable
-from inspect import signature
 from typing import Any
 
 import torch
@@ -74,9 +73,6 @@ def build_head(spec: str | dict[str, Any], features: int, classes: int, dropout:
     parameters = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = str(parameters.pop("name", ""))
     make = choose(HEADS, "head", name)
-    known = {item.name: item for item in signature(make).parameters.values() if item.kind is item.KEYWORD_ONLY}
-    for parameter in parameters:
-        choose(known, f"parameter of the head {name!r}", parameter)
     try:
         return make(features, classes, **{"dropout": dropout, **parameters})
     except (TypeError, ValueError, RuntimeError) as error:
