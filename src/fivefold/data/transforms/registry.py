@@ -1,10 +1,9 @@
 """Augmentations by name. Each maps a uint8 image [3, H, W] to a uint8 image [3, h, w] without modifying its input.
 
-All random numbers come from torch's default CPU generator, which the dataset seeds for each sample
-from (seed, epoch, row). The transforms that most recipes run on every image are implemented here, on
-uint8 and without torchvision (importing it takes as long as importing torch), and so are those
-that torchvision lacks; the others are torchvision v2 transforms, imported when a recipe uses one.
-The annotation of a parameter gives the values that a recipe may set; the default applies otherwise.
+All random numbers come from torch's default CPU generator, which the dataset seeds for each sample from (seed, epoch, row).
+The transforms that most recipes run on every image are implemented here without torchvision (importing it takes as long as
+importing torch), and so are those that it lacks; the others are torchvision v2 transforms, imported when a recipe uses one.
+The annotation of a parameter gives the values that a recipe may set.
 """
 
 import math
