@@ -78,7 +78,7 @@ def make_convolution(geometry: tuple, channels: int, groups: int, count: int) ->
     [
         *((geometry, 128, 1, 3) for geometry in WIDE_GEOMETRIES),
         *((geometry, 16, 16, 3) for geometry in DEPTHWISE_GEOMETRIES),
-        *((DEPTHWISE_GEOMETRIES[2], n, n, count) for n, count in ((2, 1), (17, CHUNK_IMAGES), (32, 2 * CHUNK_IMAGES + 3))),
+        *((DEPTHWISE_GEOMETRIES[2], n, n, count) for n, count in ((2, 1), (17, CHUNK_IMAGES), (32, CHUNK_IMAGES + 3))),
     ],
     ids=str,
 )
