@@ -35,8 +35,6 @@ FORMATS = [*get_args(ImageFormat)]
 """Formats that Fivefold decodes. Pillow's other plugins run programs (EPS) or do not read photographs."""
 PLUGINS = {"pillow_heif.HeifImagePlugin": ("HEIF", ".heic", ".heif", ".hif"), "pillow_jxl": ("JXL", ".jxl")}
 """Modules that add a format to Pillow: name of the format, then its suffixes."""
-ROTATED_ORIENTATIONS = (5, 6, 7, 8)
-"""Values of the EXIF orientation that swap height and width."""
 MILLION = 1e6
 MAX_PIXELS = Data().max_megapixels * MILLION
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -143,7 +141,7 @@ def decoded_size(
         orientation = None
         with suppress(Exception):  # the pixels may be fine although the metadata are broken
             orientation = image.getexif().get(ExifTags.Base.Orientation)
-        turned = orientation in ROTATED_ORIENTATIONS and image.format != "TIFF"  # Pillow rotates TIFFs itself
+        turned = orientation in (5, 6, 7, 8) and image.format != "TIFF"  # Pillow rotates TIFFs itself
         return (image.width, image.height) if turned else (image.height, image.width)
 
 

@@ -74,10 +74,7 @@ class EvalImageCache:
         return load_batches(self.images, batches, workers)
 
     def _make(self, rows: np.ndarray, label: str) -> bool:
-        """Compute the missing ones of `rows`; return whether there is room for them.
-
-        Without room, only try each row once, to know the unreadable ones, if they get placeholders.
-        """
+        """Compute the missing ones of `rows`, or only find the unreadable ones; return whether there is room for them."""
         missing = rows[~self.done[rows]]
         if len(missing) and self.pixels is None and self.fits:
             self.fits = self._allocate()

@@ -144,7 +144,7 @@ class ImageFile:
     bytes: int = 0
 
     def with_header(self, options: DecodeOptions) -> "ImageFile":
-        """Return the image with its digest and size, from the file's bytes and header, without decoding."""
+        """Return the image with its digest and size, without decoding."""
         content, digest = read_verified(self.store, self.path, self.sha256)
         return replace(self, sha256=digest, bytes=_padded(3 * prod(options.stored_size(content, self.path))))
 
@@ -194,10 +194,9 @@ def check_sample(folder: Path, files: Sequence[ImageFile], options: DecodeOption
 
 
 def get_or_build(folder: Path, files: Sequence[ImageFile], options: DecodeOptions, most_gib: float) -> Cache | None:
-    """Return the cache of these images in `folder`; the first process that asks builds it, the others wait.
+    """Return the cache of these images, whose digests are known, in `folder`; the first process builds it, the others wait.
 
-    All digests must be known. Return None and log a warning if the cache does not fit or `folder` is not writable; the
-    images must then be read from their files. Rebuild a damaged cache.
+    Return None and log a warning if the cache does not fit or `folder` is not writable. Rebuild a damaged cache.
     """
     path = folder / cache_name([file.sha256 for file in files], options)
     try:
@@ -216,8 +215,7 @@ def open_or_build(
 ) -> Cache:
     """Return the cache at `path`: the existing one, or else a new one of these images, built by one process at a time.
 
-    Rebuild a damaged cache, and remove the files that a killed process left. Raise as `check_cache_space` and `build_cache`
-    do.
+    Remove a damaged cache and what a killed process left. Raise as `check_cache_space` and `build_cache` do.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(f".{path.name}.lock"), "ab") as file:

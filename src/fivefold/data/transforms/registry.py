@@ -26,7 +26,6 @@ Transform = Callable[[Tensor], Tensor]
 Size = tuple[int, int]
 Box = tuple[int, int, int, int]
 """Top, left, height and width, in pixels."""
-GREY = 127.5
 
 
 def apply_all(steps: Sequence[Transform], image: Tensor) -> Tensor:
@@ -322,7 +321,7 @@ def linear_colour_jitter(
     pixels *= np.float32(factor * colour)
     pixels += mean
     for plane, channel_cast in zip(pixels, casts, strict=True):
-        plane += np.float32(GREY * (1 - factor) + 255 * (light * brightness + channel_cast * cast))
+        plane += np.float32(127.5 * (1 - factor) + 255 * (light * brightness + channel_cast * cast))
     return _as_image(pixels)
 
 
