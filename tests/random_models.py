@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import torch
 from PIL import Image
 
@@ -23,29 +22,21 @@ NET = Model(backbone="fivefold/small_net", backbone_kwargs={"widths": [8, 16], "
 
 
 def save_model_dir(folder: Path, fold: int | None, seed: int = 1, system: str = "a", **changes) -> Path:
-    """Save a model dir as a stage does, with random weights and normalization statistics that are not the initial ones."""
+    """Save a model folder as a stage does, with random weights and BatchNorm statistics."""
     settings = Settings(
         system=system,
         seed=seed,
         model=NET.model_copy(update=changes.get("model", {})),
         augment=Augment(train=[], eval=changes.get("eval", ["resize"])),
-        train=Train(
-            precision="fp32",
-            channels_last=True,
-            ema_decay=0.9,
-            save_raw_weights=True,
-            num_workers=0,
-            loss=changes.get("loss", "cross_entropy"),
-        ),
+        train=Train(precision="fp32", ema_decay=0.9, num_workers=0, loss=changes.get("loss", "cross_entropy")),
         predict=Predict(batch_size=4, tta=changes.get("views", ["plain"])),
     )
     best = {}
     for name in ("ema", "raw"):
         seed_everything(100 * seed + 10 * (fold or 0) + (name == "raw"))
         network = build_classifier(settings.model, len(CLASSES))
-        network.train()(
-            torch.randn(16, 3, *settings.model.size), *([torch.rand(16, 4)] if settings.model.image_stats else [])
-        )
+        meta = [torch.rand(16, 4)] if settings.model.image_stats else []
+        network.train()(torch.randn(16, 3, *settings.model.size), *meta)
         with torch.no_grad():
             for parameter in network.head.parameters():
                 parameter.mul_(20)  # so that probabilities differ
@@ -75,6 +66,8 @@ def read_pixels(folder: Path) -> np.ndarray:
 
 def predict_onnx(path: Path, folder: Path, **more: np.ndarray) -> np.ndarray:
     """Return the probabilities [N, C] of one batch of all images; assert that single images give the same."""
+    import onnxruntime
+
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     batch = {"images": read_pixels(folder).transpose(0, 3, 1, 2).astype(np.float32), **more}
     (probs,) = session.run(["probabilities"], batch)

@@ -113,11 +113,10 @@ def resolve_precision(
     resumed: Mapping[str, Any] | None,
     folder: Path | None,
 ) -> Settings:
-    """Replace `train.precision=auto` in the settings by the precision of this run.
+    """Replace `train.precision=auto` in the settings by the precision of this run; the first rank decides for all.
 
     It is that of `resumed`, the state of a resumed run; else the one that another stage of this run chose for the same
-    network and stored in `folder`; else the fastest by a short probe on a CPU, and the usual one on other devices. The
-    first rank decides for all.
+    network and stored in `folder`; else the fastest by a short probe on a CPU, and the usual one on other devices.
     """
     if settings.train.precision != "auto":
         return settings
@@ -130,13 +129,12 @@ def resolve_precision(
 
 def optimize_for_cpu(network: nn.Module, runtime: Runtime, enabled: bool) -> nn.Module:
     """Give the network convolutions that train faster on CPUs, if it runs on one and they are `enabled`; return it."""
-    if runtime.device.type != "cpu" or not enabled:
-        return network
-    return use_fast_convs(network, runtime.dtype == torch.bfloat16 and _cpu_has("amx_tile"))
+    if runtime.device.type == "cpu" and enabled:
+        use_fast_convs(network, runtime.dtype == torch.bfloat16 and _cpu_has("amx_tile"))
+    return network
 
 
 def describe_runtime(runtime: Runtime) -> str:
-    """Return device, precision and threads of a runtime as text for the log."""
     return f"device {runtime.device}, precision {precision_name(runtime)}, {torch.get_num_threads()} threads"
 
 
@@ -162,8 +160,7 @@ def _fastest_precision(settings: Settings, network: nn.Module, folder: Path | No
     candidates = _candidates(settings, network)
     if len(candidates) == 1:
         return candidates[0]
-    height, width = settings.model.size
-    images = max(2, min(settings.train.batch_size, MAX_PROBE_PIXELS // (height * width)))
+    images = max(2, min(settings.train.batch_size, MAX_PROBE_PIXELS // math.prod(settings.model.size)))
     model = settings.model.model_dump(exclude={"pretrained", "weights", "mean", "std"})
     question = {"model": model, "channels_last": settings.train.channels_last, "images": images}
     return cached_probe(question, candidates, folder, lambda: _probe(settings, network, candidates, images))
@@ -174,9 +171,8 @@ def cached_probe(
 ) -> str:
     """Return the choice stored in `folder` under the digest of `question`; else run `probe` and store its choice.
 
-    Concurrent callers wait, so all get the same choice and no two probes run at the same time. A stored choice that cannot
-    be read or is not a candidate is replaced. The digest does not include the machine, because folds of different
-    precisions cannot be blended.
+    Concurrent callers wait for one probe. A stored choice that cannot be read or is not a candidate is replaced. The digest
+    does not include the machine, because folds of different precisions cannot be blended.
     """
     if folder is None:
         return probe()["choice"]
@@ -201,10 +197,7 @@ def _candidates(settings: Settings, network: nn.Module) -> list[str]:
 
 
 def _probe(settings: Settings, network: nn.Module, candidates: Sequence[str], images: int) -> dict[str, Any]:
-    """Return the `choice`, the `milliseconds` of each candidate's fastest step, the `images` per step, and `disturbed`.
-
-    `disturbed`: other processes used the cores in every probe. The network and the random state do not change.
-    """
+    """Return the `choice`, its reasons, and whether other processes disturbed every probe; keep network and random state."""
     with torch.random.fork_rng(devices=[]):
         steps = {name: _training_step(settings, network, name, images) for name in candidates}
         milliseconds, disturbed = time_undisturbed(steps)
@@ -228,10 +221,7 @@ def choose_fastest(milliseconds: Mapping[str, float], disturbed: bool) -> str:
 
 
 def time_undisturbed(steps: Mapping[str, Callable[[], None]]) -> tuple[dict[str, float], bool]:
-    """Return the times of the steps, and whether other processes disturbed every probe; repeat a disturbed probe.
-
-    A probe is disturbed if other processes leave fewer CPUs than this process has threads.
-    """
+    """Return the times of the steps, and whether every probe was disturbed: other processes left fewer CPUs than threads."""
     times = dict.fromkeys(steps, math.inf)
     threads, cpus = min(torch.get_num_threads(), count_cores()), count_cpus()
     for number in range(MAX_PROBES):
@@ -248,10 +238,7 @@ def time_undisturbed(steps: Mapping[str, Callable[[], None]]) -> tuple[dict[str,
 
 
 def time_steps(steps: Mapping[str, Callable[[], None]]) -> dict[str, float]:
-    """Return the milliseconds of the fastest run of each step, in interleaved rounds; the first round is a warm-up.
-
-    The fastest run counts, because other load makes steps slower, never faster.
-    """
+    """Return the milliseconds of the fastest run of each step, in interleaved rounds; the first round is a warm-up."""
     times, start = dict.fromkeys(steps, math.inf), time.perf_counter()
     for done in range(1 + MAX_ROUNDS):
         if done > 1 and time.perf_counter() - start > PROBE_S:

@@ -10,10 +10,7 @@ import pytest
 import torch
 
 from counting_store import CountingStore
-from fivefold.build import build_classifier, make_training_runtime, seed_everything
-from fivefold.config.schema import Augment, Model, Predict, Settings, Train
-from fivefold.contract.artifacts import ModelDir
-from fivefold.contract.files import read_json
+from fivefold.contract.artifacts import ModelDir, open_model_dir
 from fivefold.data.pipeline.dataset import ImageDataset
 from fivefold.data.readers.stores import FolderStore
 from fivefold.data.split.fold_table import FoldTable
@@ -22,11 +19,10 @@ from fivefold.distillation import DistillRows, compute_soft_targets, ensemble_so
 from fivefold.inference.predictor import predict_all
 from fivefold.models.classifier import Classifier
 from fivefold.predictions import Predictions, write
-from fivefold.trained_model import ImageList, SharedEvalImages, load_model, save_model
-from fivefold.training.trainer import BestCheckpoint
+from fivefold.trained_model import ImageList, SharedEvalImages, load_model
+from random_models import CLASSES, save_model_dir
 from toy_data import draw
 
-CLASSES = ["a", "b", "c"]
 COUNT, FOLDS, BATCH = 12, 3, 4
 NAMES = [f"{number:02d}.png" for number in range(COUNT)]
 VIEWS = ["flip", {"name": "rotate", "degrees": 20}]
@@ -48,24 +44,11 @@ def store(images: Path) -> CountingStore:
 
 def save_fold_model(folder: Path, fold: int, transform: str = "resize") -> ModelDir:
     """Write a fold model with random weights and its out-of-fold table."""
-    settings = Settings(
-        system="s",
-        model=Model(backbone="fivefold/small_net", backbone_kwargs={"widths": [8], "stem": 8}, image_size=[10, 12]),
-        augment=Augment(train=[], eval=[transform]),
-        train=Train(precision="fp32", num_workers=0),
-        predict=Predict(batch_size=BATCH, tta=["plain"]),
-    )
-    seed_everything(fold)
-    network = build_classifier(settings.model, len(CLASSES))
-    network.train()(torch.randn(16, 3, 10, 12))
-    facts = {"fold": fold, "folds": FOLDS, "classes": CLASSES, "split": "x", "shares": [1 / 3] * 3}
-    best = {"raw": BestCheckpoint("logloss", 1, {"logloss": 1.0}, network.state_dict())}
-    save_model(folder, "fold", best, settings, make_training_runtime(settings), facts)
-    rows = np.arange(fold, COUNT, FOLDS)
-    ids = np.array([NAMES[row] for row in rows], object)
+    save_model_dir(folder, fold, eval=[transform])
+    ids = np.array(NAMES[fold::FOLDS], object)
     log_probs = np.log(out_of_fold_probs(fold)).astype(np.float32)
-    write(folder / "oof.parquet", Predictions(ids, np.full(len(rows), fold), "s", tuple(CLASSES), log_probs))
-    return ModelDir(folder, read_json(folder / "model.json"))
+    write(folder / "oof.parquet", Predictions(ids, np.full(len(ids), fold), "a", tuple(CLASSES), log_probs))
+    return open_model_dir(folder)
 
 
 def out_of_fold_probs(fold: int) -> np.ndarray:
@@ -114,7 +97,7 @@ def test_models_with_equal_preprocessing_read_each_image_once_for_all_views(mode
     views = ["plain", *VIEWS]
     predicted = [load_model(model, {"tta": views}).predict_cached(shared, "") for model in models]
     assert len(shared.caches) == 1
-    assert sum(store.reads.values()) == COUNT + 1  # the first one gives the size
+    assert store.reads.total() == COUNT
     predicted.append(load_model(other, {"tta": views}).predict_cached(shared, ""))
     assert len(shared.caches) == 2
     for model, log_probs in zip([*models, other], predicted, strict=True):
@@ -128,23 +111,22 @@ def test_leak_free_teacher_predicts_only_its_own_rows_once_per_view(models, stud
     assert not student_rows.store.reads
     targets = compute_soft_targets("oof", models, student_rows, VIEWS)
     assert sorted(forward_passes.values()) == [len(VIEWS) * COUNT // FOLDS] * FOLDS
-    assert sum(student_rows.store.reads.values()) == COUNT + 1
+    assert student_rows.store.reads.total() == COUNT
     for fold, model in enumerate(models):
-        rows = np.arange(fold, COUNT, FOLDS)
-        paths = [NAMES[row] for row in rows]
+        paths = NAMES[fold::FOLDS]
         per_view = [np.exp(predict_directly(model, student_rows.store, paths, [view])) for view in VIEWS]
         expected = np.mean([out_of_fold_probs(fold), *per_view], axis=0)
-        np.testing.assert_allclose(np.exp(targets.log_probs[rows]), expected, rtol=1e-5)
+        np.testing.assert_allclose(np.exp(targets.log_probs[fold::FOLDS]), expected, rtol=1e-5)
 
 
 def test_ensemble_reads_each_image_once_and_predicts_once_per_view(models, student_rows, forward_passes):
     targets = compute_soft_targets("ensemble", models, student_rows, VIEWS).log_probs
     assert sorted(forward_passes.values()) == [(1 + len(VIEWS)) * COUNT] * len(models)
-    assert sum(student_rows.store.reads.values()) == COUNT + 1
+    assert student_rows.store.reads.total() == COUNT
     forward_passes.clear()
     unlabelled = ensemble_soft_targets(models, student_rows.store, NAMES[:5], student_rows)
     assert sorted(forward_passes.values()) == [5] * len(models)
-    assert sum(student_rows.store.reads.values()) == COUNT + 1 + 5 + 1
+    assert student_rows.store.reads.total() == COUNT + 5
     for predicted, count, views in ((targets, COUNT, ["plain", *VIEWS]), (unlabelled, 5, ["plain"])):
         direct = [predict_directly(model, student_rows.store, NAMES[:count], views) for model in models]
         np.testing.assert_allclose(np.exp(predicted), np.mean(np.exp(direct), axis=0), rtol=1e-5)

@@ -17,7 +17,7 @@ from itertools import islice
 from typing import Any, TypeVar, get_args
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from fivefold.config.schema import Data, ImageFormat
 from fivefold.errors import DataError
@@ -35,18 +35,12 @@ FORMATS = [*get_args(ImageFormat)]
 """Formats that Fivefold decodes. Pillow's other plugins run programs (EPS) or do not read photographs."""
 PLUGINS = {"pillow_heif.HeifImagePlugin": ("HEIF", ".heic", ".heif", ".hif"), "pillow_jxl": ("JXL", ".jxl")}
 """Modules that add a format to Pillow: name of the format, then its suffixes."""
-ORIENTATION_TAG = 0x0112
-ROTATED_ORIENTATIONS = (5, 6, 7, 8)
-"""The EXIF tag of the orientation, and its values that swap height and width."""
 MILLION = 1e6
 MAX_PIXELS = Data().max_megapixels * MILLION
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 METADATA_CHUNKS = (b"iCCP", b"iTXt", b"tEXt", b"zTXt")
-"""Text and colour profile chunks of a PNG, which do not affect the pixels that Fivefold uses."""
-MAX_METADATA_CHUNKS = 32
-"""Such chunks that are passed to Pillow, which rejects a file if its texts are too long in total."""
-MAX_METADATA_BYTES = 1 << 20
-"""Unpacked bytes of such a chunk. Pillow rejects a file with a longer one."""
+MAX_METADATA_CHUNKS, MAX_METADATA_BYTES = 32, 1 << 20
+"""Text and colour profile chunks of a PNG: how many are passed to Pillow, and the unpacked bytes of one. It rejects more."""
 CHUNK_PIXELS = 1 << 18
 """Pixels to convert at a time, to avoid copies of a whole image."""
 MAX_SCANS = 100
@@ -71,9 +65,9 @@ def is_image(name: str) -> bool:
 class DecodeOptions:
     """How image files are decoded and stored, for training, for prediction and in a cache.
 
-    `resize_shorter_side`: an image with a longer shorter side is shrunk until that side has this many pixels, bilinear with
-    antialiasing (`registry.resize`); 0: no resizing. `scaled`: decode a JPEG at 1/2, 1/4 or 1/8 if the result is not
-    below `resize_shorter_side`; this is faster, but gives other pixels. `max_pixels`: the maximum number of pixels in a file.
+    `resize_shorter_side`: an image with a longer shorter side is shrunk until that side has this many pixels (`registry.resize`);
+    0: no resizing. `scaled`: decode a JPEG at 1/2, 1/4 or 1/8 if the result is not below `resize_shorter_side`; this is
+    faster, but gives other pixels. `max_pixels`: the maximum number of pixels in a file.
     """
 
     resize_shorter_side: int = 0
@@ -81,10 +75,7 @@ class DecodeOptions:
     max_pixels: float = field(default=MAX_PIXELS, compare=False)
 
     def decode(self, content: bytes, name: str, min_size: int = 0, **bounds: Any) -> np.ndarray:
-        """Return the pixels uint8 [H, W, 3] of an image file at their stored size; `min_size` and `bounds` are those of `decode`.
-
-        The lower of the two `max_pixels` applies.
-        """
+        """Return the pixels uint8 [H, W, 3] of an image file at their stored size; `bounds` as in `decode`, the lower `max_pixels` applies."""
         sides = [side for side in (self.resize_shorter_side * self.scaled, min_size) if side]
         bounds["max_pixels"] = min(bounds.get("max_pixels", math.inf), self.max_pixels)
         return self.resize(decode(content, name, min_size=min(sides, default=0), **bounds))
@@ -147,10 +138,10 @@ def decoded_size(
 ) -> tuple[int, int]:
     """Return the (height, width) that `decode` would give, from the header; raise a DataError if `decode` rejects the header."""
     with _open_image(content, name, max_pixels, formats) as image:
-        orientation = 1
+        orientation = None
         with suppress(Exception):  # the pixels may be fine although the metadata are broken
-            orientation = image.getexif().get(ORIENTATION_TAG, 1)
-        turned = orientation in ROTATED_ORIENTATIONS and image.format != "TIFF"  # Pillow rotates TIFFs itself
+            orientation = image.getexif().get(ExifTags.Base.Orientation)
+        turned = orientation in (5, 6, 7, 8) and image.format != "TIFF"  # Pillow rotates TIFFs itself
         return (image.width, image.height) if turned else (image.height, image.width)
 
 
@@ -166,7 +157,10 @@ def _open_image(content: bytes, name: str, max_pixels: float, formats: Sequence[
                 raise ValueError(f"it has more than {MAX_SCANS} scans")
             yield image
     except Exception as error:  # decoders can raise any exception on invalid bytes
-        raise DataError(f"{name} cannot be decoded: {_reason(error, content, formats)}") from error
+        reason = str(error) or type(error).__name__
+        if isinstance(error, Image.UnidentifiedImageError):
+            reason = f"it is no image of a known format, {', '.join(formats)} (it starts with {content[:4]!r})"
+        raise DataError(f"{name} cannot be decoded: {reason if content else 'the file is empty'}") from error
 
 
 def pixel_digest(pixels: np.ndarray) -> bytes:
@@ -177,10 +171,7 @@ def pixel_digest(pixels: np.ndarray) -> bytes:
 
 
 def map_in_threads(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """Yield `work(item)` for each item, in order, computed by one thread per core, at most four results per core ahead.
-
-    Closing the generator cancels the items that have not started.
-    """
+    """Yield `work(item)` in order, computed by one thread per core, at most four results per core ahead. Closing cancels the rest."""
     remaining = iter(items)
     pool = ThreadPoolExecutor(count_cores())
     try:
@@ -202,10 +193,7 @@ def _check_size(width: int, height: int, max_pixels: float) -> None:
 
 
 def _strip_long_notes(content: bytes) -> bytes:
-    """Return a PNG without long texts and colour profiles, and without the short ones after MAX_NOTES.
-
-    Pillow would reject the file because of them. Other content is returned unchanged.
-    """
+    """Return a PNG without the texts and colour profiles for which Pillow would reject it; return other content unchanged."""
     pieces, position = [], len(PNG_SIGNATURE) if content.startswith(PNG_SIGNATURE) else len(content)
     last = count = 0
     while position < len(content):
@@ -220,7 +208,7 @@ def _strip_long_notes(content: bytes) -> bytes:
 
 
 def _is_long(note: bytes) -> bool:
-    """Return whether a chunk of NOTES is longer than Pillow accepts; at most that much of it is unpacked here."""
+    """Return whether a chunk of METADATA_CHUNKS is longer than Pillow accepts; at most that much of it is unpacked here."""
     _, _, rest = note.partition(b"\0")
     if note.startswith((b"iCCP", b"zTXt")):
         packed = rest[1:]
@@ -279,19 +267,8 @@ def _rgb_rows(image: Image.Image) -> np.ndarray:
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def _reason(error: Exception, content: bytes, formats: Sequence[str]) -> str:
-    if not content:
-        return "the file is empty"
-    if isinstance(error, Image.UnidentifiedImageError):
-        return f"it is no image of a known format, {', '.join(formats)} (it starts with {content[:4]!r})"
-    return str(error) or type(error).__name__
-
-
 def _silence_pillow(max_pixels: float) -> None:
-    """Add a filter that drops Pillow's warnings, and let it open `max_pixels`; this module raises the relevant errors itself.
-
-    `warnings.catch_warnings` would do the same, but it is not thread-safe.
-    """
+    """Drop Pillow's warnings (`warnings.catch_warnings` is not thread-safe), and let it open `max_pixels`."""
     # Pillow rejects more than twice its limit.
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > 2 * Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = math.ceil(max_pixels / 2)

@@ -96,18 +96,14 @@ def _torchvision(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Mod
 def _efficientnet_pytorch(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     from efficientnet_pytorch import VALID_MODELS, EfficientNet
 
-    if name not in VALID_MODELS:
-        raise SettingsError(f"efficientnet_pytorch has no model {name!r}{did_you_mean(name, VALID_MODELS)}")
+    choose(dict.fromkeys(VALID_MODELS), "efficientnet_pytorch model", name)
     model = (EfficientNet.from_pretrained if pretrained else EfficientNet.from_name)(name, **options)
     model._fc = nn.Identity()
     return _use_builtin_padding(model)
 
 
 def _use_builtin_padding(model: nn.Module) -> nn.Module:
-    """Replace convolutions that copy their images to pad them equally on both sides by nn.Conv2d, which pads by itself.
-
-    Nearly all of them have stride 1. Outputs and parameter names stay the same.
-    """
+    """Replace convolutions that copy their images to pad them equally on both sides by nn.Conv2d, which pads by itself."""
     from efficientnet_pytorch.utils import Conv2dStaticSamePadding
 
     for module in model.modules():
@@ -132,11 +128,10 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
 class SmallNet(nn.Module):
     """Images [B, 3, H, W] to features [B, num_features]: a 2x2 stem, then blocks that halve the image.
 
-    Each block is a 3x3 convolution, a 2x2 max-pool, BatchNorm and an activation, then a second 3x3
-    convolution, BatchNorm and activation (`gelu`, or `relu`, which is faster). Each item of `widths` is a block,
-    so an image of 2^n pixels allows at most n - 1 blocks. All convolutions are dense, because grouped ones are slow in
-    bf16 on CPUs. The design follows Jordan 2024, "94% on CIFAR-10 in 3.29 seconds" (arXiv 2404.00498), including the
-    Dirac initialisation (section 3.3): a convolution initially passes its input through.
+    Each item of `widths` is a block: a 3x3 convolution, a 2x2 max-pool, BatchNorm and an activation, then a second 3x3
+    convolution, BatchNorm and activation (`gelu`, or `relu`, which is faster). An image of 2^n pixels allows at most n - 1
+    blocks. All convolutions are dense, because grouped ones are slow in bf16 on CPUs. The design follows Jordan 2024
+    (arXiv 2404.00498), including the Dirac initialisation (section 3.3): a convolution initially passes its input through.
     """
 
     def __init__(self, widths: Sequence[int] = (64, 256, 256), stem: int = 32, activation: str = "gelu") -> None:
@@ -148,7 +143,6 @@ class SmallNet(nn.Module):
         self.num_features = channels[-1]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return features [B, num_features]: the maximum of each channel over the image."""
         return self.blocks(self.stem(images)).amax(dim=(2, 3))
 
 
@@ -174,8 +168,7 @@ def _init_identity(convolution: nn.Conv2d) -> nn.Conv2d:
 def baseline_cnn(dropout: float = 0.25) -> nn.Module:
     """Images [B, 3, H, W] to features [B, 128]: a 7x7 and two 3x3 convolutions, then the mean over the image.
 
-    A 2x2 max-pool and dropout follow the second and the third. It is the smallest network and the baseline of the recipe
-    `mask_profile`.
+    A 2x2 max-pool and dropout follow the second and the third. It is the baseline of the recipe `mask_profile`.
     """
     return nn.Sequential(
         *(nn.Conv2d(3, 32, 7), nn.ReLU()),
@@ -185,10 +178,7 @@ def baseline_cnn(dropout: float = 0.25) -> nn.Module:
     )
 
 
-SMALL: dict[str, Callable[..., nn.Module]] = {
-    "small_net": SmallNet,
-    "base_model": baseline_cnn,
-}
+SMALL: dict[str, Callable[..., nn.Module]] = {"small_net": SmallNet, "base_model": baseline_cnn}
 """Our own small networks, for example for images of 8 to 96 pixels, which ImageNet networks downsample too much."""
 
 FAMILIES: dict[str, Callable[[str, bool, dict[str, Any]], nn.Module]] = {
@@ -197,7 +187,6 @@ FAMILIES: dict[str, Callable[[str, bool, dict[str, Any]], nn.Module]] = {
     "efficientnet_pytorch": _efficientnet_pytorch,
     "fivefold": _fivefold,
 }
-
 DROP_PATHS = {
     "timm": "drop_path_rate",
     "torchvision": "stochastic_depth_prob",

@@ -4,7 +4,6 @@ Heads by name map features [B, F] to logits [B, C]. Every head has `dropout` bef
 """
 
 from collections.abc import Callable
-from inspect import signature
 from typing import Any
 
 import torch
@@ -18,10 +17,7 @@ MIN_STD = 1e-6
 """A standard deviation below this is a rounding error."""
 
 LINKS: dict[str, Callable[[Tensor], Tensor]] = {"softmax": lambda logits: logits, "sigmoid": F.logsigmoid}
-"""Functions from logits [B, C] to values whose softmax gives the probabilities, by the link of the training loss.
-
-A loss of each class against the rest trains sigmoids, which this normalises to sum 1.
-"""
+"""Functions from logits [B, C] to values whose softmax gives the probabilities, by the link of the training loss."""
 
 
 class Classifier(nn.Module):
@@ -41,7 +37,6 @@ class Classifier(nn.Module):
         return self.head(self.features(images, meta))
 
     def features(self, images: Tensor, meta: Tensor | None = None) -> Tensor:
-        """Return the inputs of the head [B, F]."""
         features = self.backbone(images)
         return features if self.meta is None else torch.cat([features, self.meta(meta)], dim=1)
 
@@ -78,9 +73,6 @@ def build_head(spec: str | dict[str, Any], features: int, classes: int, dropout:
     parameters = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = str(parameters.pop("name", ""))
     make = choose(HEADS, "head", name)
-    known = {item.name: item for item in signature(make).parameters.values() if item.kind is item.KEYWORD_ONLY}
-    for parameter in parameters:
-        choose(known, f"parameter of the head {name!r}", parameter)
     try:
         return make(features, classes, **{"dropout": dropout, **parameters})
     except (TypeError, ValueError, RuntimeError) as error:
@@ -93,13 +85,7 @@ def linear(features: int, classes: int, *, dropout: float) -> nn.Module:
 
 
 def mlp(
-    features: int,
-    classes: int,
-    *,
-    dropout: float,
-    hidden: int = 512,
-    norm: str = "batch",
-    before: float = 0.0,
+    features: int, classes: int, *, dropout: float, hidden: int = 512, norm: str = "batch", before: float = 0.0
 ) -> nn.Module:
     """Dropout `before`, then linear to `hidden`, `norm` (batch, layer or none), ReLU, dropout and linear."""
     if hidden < 1:
@@ -119,14 +105,5 @@ def convnext(features: int, classes: int, *, dropout: float) -> nn.Module:
     return nn.Sequential(nn.LayerNorm(features, eps=1e-6), *linear(features, classes, dropout=dropout))
 
 
-NORMS: dict[str, Callable[[int], nn.Module]] = {
-    "batch": nn.BatchNorm1d,
-    "layer": nn.LayerNorm,
-    "none": nn.Identity,
-}
-
-HEADS: dict[str, Callable[..., nn.Module]] = {
-    "linear": linear,
-    "mlp": mlp,
-    "convnext": convnext,
-}
+NORMS: dict[str, Callable[[int], nn.Module]] = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm, "none": nn.Identity}
+HEADS: dict[str, Callable[..., nn.Module]] = {"linear": linear, "mlp": mlp, "convnext": convnext}

@@ -1,13 +1,12 @@
 """Convolutions that train faster on CPUs than torch's, with the same outputs: oneDNN's forward pass, other gradients.
 
-oneDNN has fast forward kernels for every type and size, but some of its gradients are slow (docs/performance.md has times):
+Some gradients of oneDNN are slow (docs/performance.md has times):
 
 - The weight gradient of a small map with many channels, if the CPU has bf16 matrix units (AMX). It becomes the matrix product
   [out, B·h·w] @ [B·h·w, k·k·in] of gathered patches, which takes a seventh of the time.
 - The gradients of depthwise convolutions. At stride 1, both are depthwise convolutions themselves, with more channels or with
   the flipped kernel. At another stride or dilation, oneDNN computes them in float32.
-- In bf16, the gradients of other grouped convolutions. `run_grouped_convs_in_fp32` keeps these convolutions in float32 while
-  the rest of the network runs in bf16.
+- In bf16, the gradients of other grouped convolutions. `run_grouped_convs_in_fp32` keeps these convolutions in float32.
 
 `train.cpu_convs` (`use_fast_convs`) turns the first two on, `train.precision=bf16_grouped_fp32` the third.
 """
@@ -27,8 +26,9 @@ CHUNK_IMAGES = 8
 """Images per chunk whose memory layout is changed at a time, so that they stay in the CPU's caches."""
 Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 """Stride, padding and dilation, each for height and width."""
+Needed = tuple[bool, bool]
 Gradients = tuple[Tensor | None, Tensor | None]
-"""Gradients of images and weight; None if not needed."""
+"""Whether the gradients of images and weight are needed, and these gradients; None if not needed."""
 
 
 def use_fast_convs(network: nn.Module, amx: bool) -> nn.Module:
@@ -53,11 +53,10 @@ def is_depthwise(module: nn.Module) -> bool:
 
 
 def _has_many_channels(module: nn.Module) -> bool:
-    if type(module) is not nn.Conv2d:
+    if type(module) is not nn.Conv2d or min(module.in_channels, module.out_channels) < MIN_CHANNELS:
         return False
     plain = module.groups == 1 and module.dilation == (1, 1) and module.padding_mode == "zeros"
-    large = min(module.in_channels, module.out_channels) >= MIN_CHANNELS
-    return plain and large and module.kernel_size != (1, 1) and not isinstance(module.padding, str)
+    return plain and module.kernel_size != (1, 1) and not isinstance(module.padding, str)
 
 
 class MatmulGradConv2d(nn.Conv2d):
@@ -74,9 +73,7 @@ class MatmulGradConv2d(nn.Conv2d):
         return pixels[0] * pixels[1] <= MAX_OUTPUT_PIXELS
 
     @staticmethod
-    def gradients(
-        images: Tensor, weight: Tensor, grad: Tensor, geometry: Geometry, needed: tuple[bool, bool]
-    ) -> Gradients:
+    def gradients(images: Tensor, weight: Tensor, grad: Tensor, geometry: Geometry, needed: Needed) -> Gradients:
         stride, padding, _ = geometry
         to_images = torch.nn.grad.conv2d_input(images.shape, weight, grad, stride, padding) if needed[0] else None
         return to_images, _matmul_weight_grad(images, weight, grad, stride, padding) if needed[1] else None
@@ -91,9 +88,7 @@ class DepthwiseConv2d(nn.Conv2d):
         return _convolve(self, images, weight, bias)
 
     @staticmethod
-    def gradients(
-        images: Tensor, weight: Tensor, grad: Tensor, geometry: Geometry, needed: tuple[bool, bool]
-    ) -> Gradients:
+    def gradients(images: Tensor, weight: Tensor, grad: Tensor, geometry: Geometry, needed: Needed) -> Gradients:
         stride, padding, dilation = geometry
         within = all(pad < size for pad, size in zip(padding, weight.shape[2:], strict=True))
         if stride == dilation == (1, 1) and within:
@@ -143,9 +138,7 @@ def _matmul_weight_grad(
     return product.view(outputs, *kernel, inputs).permute(0, 3, 1, 2)
 
 
-def _conv_grads(
-    images: Tensor, weight: Tensor, grad: Tensor, geometry: Geometry, needed: tuple[bool, bool]
-) -> Gradients:
+def _conv_grads(images: Tensor, weight: Tensor, grad: Tensor, geometry: Geometry, needed: Needed) -> Gradients:
     """Convolve the output's gradient with the flipped kernel for the images' gradient; oneDNN handles narrow kernels' weights."""
     padding = geometry[1]
     grad_padding = [size - 1 - pad for size, pad in zip(weight.shape[2:], padding, strict=True)]
@@ -160,10 +153,7 @@ def _conv_grads(
 
 
 def _wide_weight_grad(images: Tensor, grad: Tensor, padding: tuple[int, int]) -> Tensor:
-    """Return Σ over images and pixels of grad · the input pixel at each kernel position: [C, k, l], at least float32.
-
-    This is each channel of each image convolved with its gradient as the kernel, summed over the images.
-    """
+    """Return Σ over images and pixels of grad · the input pixel at each kernel position: [C, k, l], at least float32."""
     count, channels = images.shape[:2]
     rows = images.contiguous().view(1, count * channels, *images.shape[2:])
     kernels = grad.contiguous().view(count * channels, 1, *grad.shape[2:])
@@ -172,17 +162,14 @@ def _wide_weight_grad(images: Tensor, grad: Tensor, padding: tuple[int, int]) ->
     return sums.view(count, channels, *sums.shape[2:]).sum(dim=0, dtype=wider)
 
 
-def _onednn_grads(
-    images: Tensor, weight: Tensor, grad: Tensor, geometry: Geometry, needed: tuple[bool, bool]
-) -> Gradients:
-    """Return the needed gradients from oneDNN's kernels."""
+def _onednn_grads(images: Tensor, weight: Tensor, grad: Tensor, geometry: Geometry, needed: Needed) -> Gradients:
     stride, padding, dilation = map(list, geometry)
     options = (stride, padding, dilation, False, [0, 0], len(weight), [*needed, False])
     return torch.ops.aten.convolution_backward(grad, images, weight, None, *options)[:2]
 
 
 class Float32Mixin:
-    """Mixin for convolutions: under autocast, compute in float32 and return autocast's type."""
+    """Mixin for convolutions of any class: under autocast, compute in float32 and return autocast's type."""
 
     def forward(self, images: Tensor) -> Tensor:
         device = images.device.type
@@ -199,11 +186,7 @@ def has_slow_grouped_convs(network: nn.Module) -> bool:
 
 
 def run_grouped_convs_in_fp32(network: nn.Module) -> nn.Module:
-    """Make the grouped convolutions that are slow in bf16 run in float32, and return the network.
-
-    Parameters and their names stay. Convolutions of other classes (the "same" padding ones of timm and
-    efficientnet_pytorch) keep their own forward.
-    """
+    """Make the grouped convolutions that are slow in bf16 run in float32, and return the network; parameter names stay."""
     for module in network.modules():
         if _is_slow(module) and not isinstance(module, Float32Mixin):
             module.__class__ = _in_float32(type(module))

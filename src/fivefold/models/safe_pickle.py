@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from tarfile import is_tarfile
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO
 from zipfile import ZipFile
 
 import torch
@@ -27,8 +27,6 @@ MAX_DEPTH = 10
 
 class Placeholder(dict[Any, Any]):
     """Placeholder for an object of any class: it keeps dict items and ignores everything else in its pickle."""
-
-    kind: ClassVar[str] = ""
 
     def __new__(cls, *_: Any, **__: Any) -> Any:
         return dict.__new__(cls)
@@ -80,7 +78,8 @@ class Unpickler(pickle.Unpickler):
         value = vars(torch).get(name) if module == "torch" else None
         if isinstance(value, torch.dtype):
             return value
-        return MAKERS.get((module, name)) or type("Inert", (Placeholder,), {"kind": f"{module}.{name}"})
+        # A class of its own has no source code, which torch would compare with that of a pickled network.
+        return MAKERS.get((module, name)) or type("Inert", (Placeholder,), {})
 
 
 def load(file: BinaryIO, **options: Any) -> Any:
@@ -107,21 +106,16 @@ def read_torch_file(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # the unpickler can raise any error if the file has another format
         raise DataError(f"{path} is damaged, or not a torch.save file ({type(error).__name__})") from error
     tensors = dict(_walk(tree, (), set()))
-    if tensors:
-        return tensors
-    values = tree.values() if isinstance(tree, dict) else ()
-    kinds = [value.kind for value in (tree, *values) if isinstance(value, Placeholder) and value.kind]
-    hint = f"; it contains objects such as {kinds[0]!r}, whose code is never run" if kinds else ""
-    raise DataError(
-        f"{path} contains no state dict (names mapped to tensors){hint}: save the state_dict() of the network"
-    )
+    if not tensors:
+        raise DataError(f"{path} contains no state dict (names of tensors): save the state_dict() of the network")
+    return tensors
 
 
 def _check_format(path: Path, zipped: bool) -> None:
     """Raise a DataError for programs and archives that `torch.load` would run or unpack, and for entries it cannot map."""
+    if not zipped and is_tarfile(path):
+        raise DataError(f"{path} is a tar archive, not a torch.save file")
     if not zipped:
-        if is_tarfile(path):
-            raise DataError(f"{path} is a tar archive, not a torch.save file")
         return
     names = torch._C.PyTorchFileReader(str(path)).get_all_records()  # torch.load's own reader of zips
     if "constants.pkl" in names:

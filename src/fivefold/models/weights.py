@@ -42,10 +42,7 @@ def save_weights(path: Path, state: dict[str, Tensor]) -> None:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return all tensors of a safetensors or `torch.save` file, without running code from the file.
-
-    Names are the paths to the tensors in the file, such as `state_dict.module.conv1.weight`.
-    """
+    """Return the tensors of a safetensors or `torch.save` file by their path in it, without running code from the file."""
     if not path.is_file():
         raise MissingInputError(f"no weights at {path}")
     with path.open("rb") as file:
@@ -108,37 +105,23 @@ def load_matching(backbone: nn.Module, path: Path) -> None:
         )
     backbone.load_state_dict(dict(best.matched), strict=False)
     others = [repr(m.prefix) for m in matches if m is not best and m.learned >= MIN_FRACTION * len(expected)]
-    log.info(
-        "weights from %s: %d of the backbone's %d tensors, %s%s%s; %d of the file's unused",
-        path,
-        best.learned,
-        len(expected),
-        f"those below {best.prefix!r}" if best.prefix else "by their names",
-        ", an average (EMA)" if best.averaged else "",
-        f", not those below {_shorten(others)}" if others else "",
-        best.unused,
-    )
-    resampled = [
-        f"{name!r} from {_format_shape(best.named[name])} to {_format_shape(tensor)}"
-        for name, tensor in best.matched.items()
-        if best.named[name].shape != tensor.shape
-    ]
+    source = f"those below {best.prefix!r}" if best.prefix else "by their names"
+    source += ", an average (EMA)" if best.averaged else ""
+    source += f", not those below {_shorten(others)}" if others else ""
+    counts = f"{best.learned} of the backbone's {len(expected)} tensors, {source}; {best.unused} of the file's unused"
+    log.info("weights from %s: %s", path, counts)
+    shapes = {name: _format_shape(tensor) for name, tensor in backbone.state_dict().items()}
+    shapes |= {name: f"{shapes[name]}, in the file {_format_shape(tensor)}" for name, tensor in best.named.items()}
+    changed = [name for name, tensor in best.matched.items() if best.named[name].shape != tensor.shape]
+    resampled = [f"{name!r} ({shapes[name]})" for name in changed]
     if resampled:
         log.info("weights from %s: resampled to the backbone's shapes: %s", path, _shorten(resampled))
     if best.unused > MAX_UNUSED * (best.unused + len(best.matched)):
-        log.warning(
-            "weights from %s: %d tensors are not in the backbone; are they of a larger network?", path, best.unused
-        )
-    missing = [
-        f"{name!r} ({_format_shape(tensor)}"
-        + (f", in the file {_format_shape(best.named[name])})" if name in best.named else ")")
-        for name, tensor in expected.items()
-        if name not in best.matched
-    ]
+        log.warning("weights from %s: %d of its tensors are unused; are they of a larger network?", path, best.unused)
+    missing = [f"{name!r} ({shapes[name]})" for name in expected if name not in best.matched]
     if missing:
-        log.warning(
-            "weights from %s: %d of the backbone's tensors stay random: %s", path, len(missing), _shorten(missing)
-        )
+        text = "weights from %s: %d of the backbone's tensors stay random: %s"
+        log.warning(text, path, len(missing), _shorten(missing))
 
 
 def _trainable_state(backbone: nn.Module) -> dict[str, Tensor]:
@@ -173,7 +156,7 @@ def _match(
     def count_equal(table: Mapping[str, Tensor]) -> int:
         return sum(name in table and table[name].shape == tensor.shape for name, tensor in expected.items())
 
-    table: Mapping[str, Tensor] = by_name
+    table = by_name
     if count_equal(by_name) < len(expected):
         table = max((by_name, by_name | _translate(by_name, backbone)), key=count_equal)
     state = backbone.state_dict()

@@ -11,6 +11,7 @@ import re
 import tarfile
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,7 @@ import safetensors.torch
 import timm
 import torch
 import torchvision
-from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
+from timm.layers import resample_abs_pos_embed
 from torch import nn
 
 from fivefold.errors import DataError, MissingInputError, SettingsError
@@ -45,10 +46,6 @@ class AttributeDict(dict):
     """Lightning's class for hyperparameters, which the reader of a file may lack."""
 
 
-class UnknownList(list):
-    """A list of an unknown class."""
-
-
 class Mode(enum.Enum):
     TRAIN = "train"
 
@@ -63,35 +60,22 @@ def make_arguments() -> argparse.Namespace:
     return argparse.Namespace(
         lr=1e-3,
         output=pathlib.PurePosixPath("/tmp/out"),
-        best=np.float64(0.9),
         mean=np.array([0.1, 0.2]),
         device=torch.device("cpu"),
         seen=collections.defaultdict(int, {"a": 1}),
-        counts=collections.Counter("abc"),
-        mode=Mode.TRAIN,
         names={"a", "b"},
         of=Config(0.1, Mode.TRAIN),
-        listing=UnknownList([1, 2, Mode.TRAIN]),
+        history=collections.deque([1, 2, Mode.TRAIN]),
     )
-
-
-def optimizer_state() -> dict[str, object]:
-    weight = nn.Parameter(torch.ones(3))
-    optimizer = torch.optim.AdamW([weight])
-    weight.sum().backward()
-    optimizer.step()
-    return optimizer.state_dict()
 
 
 CHECKPOINTS = {
     "plain": lambda: WEIGHTS,
     "timm": lambda: {
-        "epoch": 3, "arch": "test_resnet", "state_dict": WEIGHTS, "optimizer": optimizer_state(), "version": 2,
-        "args": make_arguments(), "metric": np.float64(77.5),
+        "epoch": 3, "arch": "test_resnet", "state_dict": WEIGHTS, "optimizer": {"state": {0: {"step": torch.ones(3)}}},
+        "args": make_arguments(), "metric": np.float64(77.5), "loss": nn.Linear(2, 2),
     },
     "timm with EMA": lambda: {"state_dict": OTHER_WEIGHTS, "state_dict_ema": WEIGHTS, "args": make_arguments(), "metric": np.float32(7)},
-    "timm with an old EMA": lambda: {"state_dict": OTHER_WEIGHTS, "state_dict_ema": add_prefix("module.")},
-    "DeiT with EMA": lambda: {"model": OTHER_WEIGHTS, "model_ema": WEIGHTS, "scaler": {}, "args": make_arguments()},
     "an EMA that holds a state dict": lambda: {"model": OTHER_WEIGHTS, "ema": {"decay": 0.99, "state_dict": WEIGHTS}},
     "an EMA without BatchNorm's counts": lambda: {
         "model": WEIGHTS, "model_ema": {name: t for name, t in OTHER_WEIGHTS.items() if "running" not in name}
@@ -139,8 +123,6 @@ def test_foreign_checkpoints_are_read_despite_other_content(kind, write, tmp_pat
 
 
 class CallOnLoad:
-    """Pickled as a call of `function`."""
-
     def __init__(self, function, *call_arguments):
         self.call = function, call_arguments
 
@@ -148,10 +130,8 @@ class CallOnLoad:
         return self.call
 
 
-REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
 MALICIOUS = {
     "shell command": lambda marker: {"args": CallOnLoad(os.system, f"touch {marker}")},
-    "exec": lambda marker: {"args": CallOnLoad(exec, f"open({str(marker)!r}, 'w')")},
     "file creation": lambda marker: {"args": CallOnLoad(pathlib.Path.touch, marker)},
     "shell command as a tensor": lambda marker: {"conv1.0.weight": CallOnLoad(os.system, f"touch {marker}")},
     "shell command inside the weights": lambda marker: {
@@ -160,19 +140,19 @@ MALICIOUS = {
 }
 
 
-@pytest.mark.parametrize(
-    "write", [save_zip, save_legacy, lambda content, path: path.write_bytes(pickle.dumps(content))]
-)
+def save_pickle(content, path):
+    path.write_bytes(pickle.dumps(content))
+
+
+@pytest.mark.parametrize("write", [save_zip, save_legacy, save_pickle])
 @pytest.mark.parametrize("kind", MALICIOUS)
 def test_code_in_a_checkpoint_does_not_run(kind, write, tmp_path):
     write(MALICIOUS[kind](tmp_path / "ran"), tmp_path / "c.pth")
-    try:
+    names = set()
+    with suppress(DataError):
         names = set(read_weights(tmp_path / "c.pth"))
-    except DataError:
-        names = set()
-    assert names == (
-        {f"state_dict.{name}" for name in WEIGHTS} if "inside" in kind and write in (save_zip, save_legacy) else set()
-    )
+    readable = "inside" in kind and write is not save_pickle
+    assert names == ({f"state_dict.{name}" for name in WEIGHTS} if readable else set())
     assert not (tmp_path / "ran").exists()
     assert pickle.loads(pickle.dumps(CallOnLoad(str, "it would"))) == "it would"
 
@@ -180,21 +160,19 @@ def test_code_in_a_checkpoint_does_not_run(kind, write, tmp_path):
 def save_with_changed_pickle(path: pathlib.Path, change: Callable[[bytes], bytes]) -> pathlib.Path:
     """Save four numbers with torch.save, and change the pickle in the file."""
     torch.save({"w": torch.arange(4.0)}, path)
-    with zipfile.ZipFile(path) as file:
-        content = {name: file.read(name) for name in file.namelist()}
-    with zipfile.ZipFile(path, "w") as file:
-        for name, data in content.items():
-            file.writestr(name, change(data) if name.endswith("data.pkl") else data)
+    rewrite_zip(path, lambda name, data: change(data) if name.endswith("data.pkl") else data)
     return path
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("torch\nTensor", "torch._utils\n_rebuild_tensor_v2", "torch.storage\nUntypedStorage"),
-        *("builtins\ndict", "collections\nOrderedDict"),
-    ],
-)
+def rewrite_zip(path, change: Callable[[str, bytes], bytes], compression: int = zipfile.ZIP_STORED) -> None:
+    with zipfile.ZipFile(path) as file:
+        content = {name: file.read(name) for name in file.namelist()}
+    with zipfile.ZipFile(path, "w", compression) as file:
+        for name, data in content.items():
+            file.writestr(name, change(name, data))
+
+
+@pytest.mark.parametrize("name", ["torch\nTensor", "torch._utils\n_rebuild_tensor_v2", "collections\nOrderedDict"])
 def test_checkpoint_cannot_set_attributes_of_functions_and_classes(name, tmp_path):
     text = b"changed_by_a_file"
     state = b"N}X" + len(text).to_bytes(4, "little") + text + b"K\x01s\x86b"  # (None, {text: 1}): the state of slots
@@ -222,12 +200,11 @@ def test_tensors_outside_their_storage_are_rejected(size, stride, offset, valid,
         return b"\x8a\x08" + value.to_bytes(8, "little", signed=True)
 
     def change(pickled: bytes) -> bytes:
+        shapes = [b"(" + b"".join(map(number, numbers)) + b"t" for numbers in (size, stride)]
         original = re.compile(rb"K\x00K\x04\x85q(.)K\x01\x85q(.)", re.DOTALL)  # offset 0, size (4,), stride (1,)
-        assert original.search(pickled)
-        corrupted = number(offset) + b"".join(
-            b"(" + b"".join(map(number, numbers)) + b"t" for numbers in (size, stride)
-        )
-        return original.sub(lambda _: corrupted, pickled)
+        changed, count = original.subn(lambda _: number(offset) + b"".join(shapes), pickled)
+        assert count == 1
+        return changed
 
     path = save_with_changed_pickle(tmp_path / "c.pth", change)
     if valid:
@@ -244,16 +221,7 @@ def write_truncated(path, write=save_zip):
 
 def write_compressed(path):
     torch.save(WEIGHTS, path)
-    with zipfile.ZipFile(path) as file:
-        content = {name: file.read(name) for name in file.namelist()}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
-        for name, data in content.items():
-            file.writestr(name, bytes(len(data)) if "/data/" in name else data)
-
-
-def write_npz(path):
-    with path.open("wb") as file:
-        np.savez(file, a=np.ones(3))
+    rewrite_zip(path, lambda name, data: bytes(len(data)) if "/data/" in name else data, zipfile.ZIP_DEFLATED)
 
 
 def write_tar(path):
@@ -271,15 +239,13 @@ INVALID_FILES = {
     ),
     "truncated": write_truncated,
     "truncated legacy file": lambda path: write_truncated(path, save_legacy),
-    "npz": write_npz,
+    "npz": lambda path: (np.savez(f"{path}.npz", a=np.ones(3)), os.replace(f"{path}.npz", path)),
     "tar": write_tar,
     "compressed": write_compressed,
     "pickled network": lambda path: torch.save(nn.Linear(3, 3), path),
-    "pickled network in the legacy format": lambda path: save_legacy(nn.Linear(3, 3), path),
     "pickled network in a checkpoint": lambda path: torch.save({"model": nn.Linear(3, 3), "ema": None}, path),
     "TorchScript": lambda path: torch.jit.save(torch.jit.trace(nn.Linear(3, 3), torch.ones(1, 3)), path),
     "plain pickle": lambda path: path.write_bytes(pickle.dumps({"w": np.ones(3)})),
-    "one tensor": lambda path: torch.save(torch.ones(3), path),
     "numbers": lambda path: torch.save({"epoch": 3}, path),
     "no tensors": lambda path: safetensors.torch.save_file({}, path),
 }
@@ -291,22 +257,17 @@ def test_files_without_weights_raise_plain_errors(kind, tmp_path):
     INVALID_FILES[kind](tmp_path / "c.pth")
     with pytest.raises(DataError) as error:
         load_matching(build_backbone("timm/test_resnet", False, {}), tmp_path / "c.pth")
-    message = str(error.value)
-    assert str(tmp_path / "c.pth") in message
-    for fragment in ("\x1b", "weights_only", "\n"):
-        assert fragment not in message
+    assert str(tmp_path / "c.pth") in str(error.value)
+    assert "\n" not in str(error.value)
     with pytest.raises(MissingInputError):
         read_weights(tmp_path / "absent.pth")
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".bin", ".pt"])
-def test_file_format_does_not_depend_on_the_suffix(suffix, tmp_path):
-    safetensors.torch.save_file(add_prefix("model.encoder."), tmp_path / f"s{suffix}")
-    torch.save(add_prefix("model.encoder."), tmp_path / f"t{suffix}")
-    for name in ("s", "t"):
-        backbone = build_backbone("timm/test_resnet", False, {})
-        load_matching(backbone, tmp_path / f"{name}{suffix}")
-        assert all(torch.equal(tensor, WEIGHTS[key]) for key, tensor in backbone.state_dict().items())
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+@pytest.mark.parametrize("save", [safetensors.torch.save_file, torch.save])
+def test_file_format_does_not_depend_on_the_suffix(suffix, save, tmp_path):
+    save(WEIGHTS, tmp_path / f"w{suffix}")
+    assert all(torch.equal(tensor, WEIGHTS[key]) for key, tensor in read_weights(tmp_path / f"w{suffix}").items())
 
 
 def load_logged(backbone, content, tmp_path, caplog):
@@ -329,13 +290,7 @@ def test_log_names_the_selected_and_the_unused_weights(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        "torchvision/mobilenet_v3_small",
-        "efficientnet_pytorch/efficientnet-b0",
-        "fivefold/small_net",
-        "fivefold/base_model",
-    ],
+    "name", ["torchvision/mobilenet_v3_small", "efficientnet_pytorch/efficientnet-b0", "fivefold/small_net"]
 )
 def test_networks_of_every_family_load_their_own_checkpoints(name, tmp_path, caplog):
     torch.manual_seed(1)
@@ -346,20 +301,24 @@ def test_networks_of_every_family_load_their_own_checkpoints(name, tmp_path, cap
     assert [level for level, _ in logged] == ["INFO"]
 
 
-def make_torchvision_vit(size: int) -> nn.Module:
-    return torchvision.models.VisionTransformer(size, 16, 1, 2, 16, 16, num_classes=3)
-
-
+SWIN = {"img_size": 32, "embed_dim": 16, "depths": (1, 2), "num_heads": (1, 2)}
 VITS = {
     "timm": (lambda size: build_backbone("timm/test_vit", False, {"img_size": size}), "pos_embed", 1),
     "timm, registers": (lambda size: build_backbone("timm/test_vit2", False, {"img_size": size}), "pos_embed", None),
     "DeiT": (
         lambda size: build_backbone("timm/deit_tiny_distilled_patch16_224", False, {"img_size": size, "depth": 1}), "pos_embed", 2,
     ),
-    "torchvision": (make_torchvision_vit, "encoder.pos_embedding", 1),
+    "torchvision": (
+        lambda size: torchvision.models.VisionTransformer(size, 16, 1, 2, 16, 16, num_classes=3), "encoder.pos_embedding", 1,
+    ),
+    "window of Swin": (
+        lambda size: build_backbone("timm/swin_tiny_patch4_window7_224", False, {**SWIN, "window_size": (size - 32) // 8}),
+        "layers.0.blocks.0.attn.relative_position_bias_table", None,
+    ),
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # timm's interpolation warns
 @pytest.mark.parametrize("kind", VITS)
 def test_position_embeddings_are_resampled_to_another_image_size(kind, tmp_path, caplog):
     make, key, tokens = VITS[kind]
@@ -373,29 +332,6 @@ def test_position_embeddings_are_resampled_to_another_image_size(kind, tmp_path,
     if tokens:
         torch.testing.assert_close(state[key], resample_abs_pos_embed(content[key], [4, 4], num_prefix_tokens=tokens))
     assert all(torch.equal(tensor, content[other]) for other, tensor in state.items() if other != key)
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")  # timm's interpolation warns
-def test_relative_position_tables_are_resampled_to_another_window_size(tmp_path, caplog):
-    torch.manual_seed(1)
-    name, options = (
-        "swin_tiny_patch4_window7_224",
-        {"img_size": 32, "embed_dim": 16, "depths": (1, 2), "num_heads": (1, 2)},
-    )
-    source = timm.create_model(name, num_classes=5, window_size=8, **options)
-    for key, tensor in source.state_dict().items():
-        if key.endswith("table"):
-            tensor.copy_(torch.linspace(0, 1, len(tensor))[:, None].expand_as(tensor))
-    backbone = build_backbone(f"timm/{name}", False, {**options, "window_size": 4})
-    logged, state = load_logged(backbone, {"model": source.state_dict(), "args": make_arguments()}, tmp_path, caplog)
-    assert [level for level, _ in logged] == ["INFO", "INFO"]
-    for name, tensor in state.items():
-        if name.endswith("table"):
-            table = source.state_dict()[name]
-            expected = resize_rel_pos_bias_table(table, (4, 4), tensor.shape) if len(table) > len(tensor) else table
-            torch.testing.assert_close(tensor, expected)
-        elif tensor.is_floating_point():
-            assert torch.equal(tensor, source.state_dict()[name]), name
 
 
 def test_original_parameter_names_are_translated_if_timm_knows_them(tmp_path, caplog):
@@ -445,16 +381,16 @@ def test_parameters_left_random_are_logged_with_names_and_shapes(tmp_path, caplo
 @pytest.mark.parametrize(
     ("content", "parts"),
     [
-        (lambda: {"model": {"blocks.0.attn.qkv.weight": torch.ones(9, 3)}}, ["model.blocks.0.attn.qkv.weight", "9x3", "conv1.0.weight", "16x3x3x3"]),
-        (lambda: {f"module.{k}": torch.ones(*t.shape, 2) for k, t in WEIGHTS.items()}, ["conv1.0.weight", "16x3x3x3x2", "16x3x3x3"]),
+        ({"model": {"blocks.0.qkv.weight": torch.ones(9, 3)}}, ["model.blocks.0.qkv.weight", "9x3", "conv1.0.weight"]),
+        ({name: torch.ones(*t.shape, 2) for name, t in WEIGHTS.items()}, ["16x3x3x3x2", "16x3x3x3"]),
     ],
     ids=["different names", "different shapes"],
-)  # fmt: skip
+)
 def test_weights_of_another_network_are_rejected_naming_both(content, parts, tmp_path, caplog):
     backbone = build_backbone("timm/test_resnet", False, {})
     before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
     with pytest.raises(SettingsError) as error:
-        load_logged(backbone, content(), tmp_path, caplog)
+        load_logged(backbone, content, tmp_path, caplog)
     assert all(part in str(error.value) for part in parts)
     assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.state_dict().items())
 

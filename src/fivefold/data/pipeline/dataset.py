@@ -52,7 +52,6 @@ class Batch:
         return [self.images, self.rows, *([] if self.meta is None else [self.meta])]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        """Return a batch with `function` applied to each tensor."""
         return Batch(*map(function, self.tensors))
 
     def pin_memory(self) -> "Batch":
@@ -70,7 +69,7 @@ class ImageDataset(Dataset):
     """The images of N rows of a store, each requested by (epoch, row).
 
     `sha256`: the digests that the split recorded, checked at every read; None if unknown.
-    `decode_options`: the decoding options. Images that a cache of the store holds with the same options are read from it.
+    Images that a cache of the store holds with the same `decode_options` are read from it.
     `meta`: names of the meta features of each image, measured before the transform.
     The random numbers of a sample depend only on (seed, epoch, row), not on the worker or the order.
     """
@@ -97,13 +96,10 @@ class ImageDataset(Dataset):
         """Return how many rows are known to be in a cache; rows without a digest are unknown until they are read."""
         return int(np.any([indices >= 0 for _, indices in self.cached], axis=0).sum())
 
-    def cache_in_memory(self) -> bool:
-        """Decode all images once and keep them, if they fit; return whether they do. Forked workers share them.
-
-        Images in a cache need not be kept.
-        """
+    def cache_in_memory(self) -> None:
+        """Decode all images once and keep them, unless all are in a cache or they do not fit. Forked workers share them."""
         if self.count_cached() == len(self):
-            return True
+            return
         images, size = [], 0
         if self.expected_bytes() <= MEMORY_LIMIT:
             with closing(map_in_threads(self.image, range(len(self)))) as decoded:
@@ -114,9 +110,8 @@ class ImageDataset(Dataset):
                         break
                 else:
                     self.kept = images
-                    return True
+                    return
         log.info("%d decoded images do not fit in memory; they are read in each epoch", len(self))
-        return False
 
     def expected_bytes(self, max_files: int = HEADER_SAMPLE) -> float:
         """Estimate the bytes of all decoded images from the headers of `max_files` files; 0 if all images are in a cache."""
@@ -127,18 +122,15 @@ class ImageDataset(Dataset):
             return sum(interruptible(sizes)) / max(1, len(sample)) * len(self)
 
     def _stored_bytes(self, row: int) -> int:
-        """Return the bytes of the stored pixels of a row, from its file's header."""
-        content, _ = self._read_file(row)
+        content, _ = read_verified(self.store, self.paths[row], self.sha256[row])
         return 3 * math.prod(self.decode_options.stored_size(content, self.paths[row]))
 
     def compute_image_stats(self) -> np.ndarray:
         """Return the meta features float32 [N, M] of all rows, measured once and then cached."""
         if self.measured is None:
-            features = np.empty((len(self), count_stats(self.meta)), np.float32)
             with closing(map_in_threads(lambda row: image_stats(self.image(row), self.meta), range(len(self)))) as rows:
-                for row, numbers in enumerate(track(rows, len(self), "meta features")):
-                    features[row] = numbers
-            self.measured = features
+                features = list(track(rows, len(self), "meta features"))
+            self.measured = np.array(features, np.float32).reshape(len(self), count_stats(self.meta))
         return self.measured
 
     def image(self, row: int) -> np.ndarray:
@@ -148,16 +140,12 @@ class ImageDataset(Dataset):
         for cache, indices in self.cached:
             if indices[row] >= 0:
                 return cache.image(indices[row])
-        content, digest = self._read_file(row)
+        content, digest = read_verified(self.store, self.paths[row], self.sha256[row])
         for cache, _ in self.cached:
             (index,) = cache.find([digest])
             if index >= 0:
                 return cache.image(index)
         return self.decode_options.decode(content, self.paths[row])
-
-    def _read_file(self, row: int) -> tuple[bytes, str]:
-        """Return the bytes of a row's file and their digest; raise a DataError if it changed since the split."""
-        return read_verified(self.store, self.paths[row], self.sha256[row])
 
     def __getitems__(self, samples: Sequence[Sample]) -> Batch:
         """Return the batch of the given (epoch, row) pairs; keep torch's global random state."""
@@ -215,7 +203,7 @@ def count_batches(rows: int, batch_size: int, drop_last: bool = False) -> int:
     """Return the number of batches of a training epoch; with `drop_last`, without a last batch that is not full.
 
     Otherwise drop a last batch of one row, which BatchNorm cannot handle, or of less than an eighth of a batch, whose step
-    would be as long as that of a full batch. Each epoch drops different rows.
+    takes as long as a full one. Each epoch drops different rows.
     """
     full, remainder = divmod(rows, batch_size)
     minimum = batch_size if drop_last else max(2, batch_size / 8)
@@ -251,10 +239,7 @@ def batches_in_shared_memory(workers: int) -> int:
 
 
 def _start_process_group(worker: int) -> None:
-    """Move a worker to its own process group, so that signals to the group (^C, `timeout`) reach only the training process.
-
-    If they killed the worker, torch would report a lost worker and end the training before a checkpoint is saved.
-    """
+    """Move a worker to its own process group: a ^C or `timeout` that killed it would end the training without a checkpoint."""
     os.setpgid(0, 0)
 
 
@@ -271,8 +256,7 @@ def count_stats(names: Sequence[str]) -> int:
 
 def aspect(pixels: np.ndarray) -> np.ndarray:
     """Return width over height, [1]."""
-    height, width = pixels.shape[:2]
-    return np.array([width / height])
+    return np.array([pixels.shape[1] / pixels.shape[0]])
 
 
 def color_mean(pixels: np.ndarray) -> np.ndarray:
@@ -281,7 +265,4 @@ def color_mean(pixels: np.ndarray) -> np.ndarray:
     return np.asarray(small, np.float64).mean(axis=(0, 1)) / 255
 
 
-STATS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "aspect": aspect,
-    "color_mean": color_mean,
-}
+STATS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"aspect": aspect, "color_mean": color_mean}

@@ -16,7 +16,7 @@ import torch
 
 from fivefold.contract.files import preallocate
 from fivefold.data.image_io import map_in_threads
-from fivefold.data.pipeline.dataset import MEMORY_LIMIT, Batch, ImageDataset, Sample, load_batches
+from fivefold.data.pipeline.dataset import MEMORY_LIMIT, Batch, ImageDataset, Sample, count_stats, load_batches
 from fivefold.data.split.verify import describe_failures
 from fivefold.errors import DataError
 from fivefold.progress import track
@@ -74,13 +74,10 @@ class EvalImageCache:
         return load_batches(self.images, batches, workers)
 
     def _make(self, rows: np.ndarray, label: str) -> bool:
-        """Compute the missing ones of `rows`; return whether there is room for them.
-
-        Without room, only try each row once, to know the unreadable ones, if they get placeholders.
-        """
+        """Compute the missing ones of `rows`, or only find the unreadable ones; return whether there is room for them."""
         missing = rows[~self.done[rows]]
         if len(missing) and self.pixels is None and self.fits:
-            self.fits = self._allocate(missing)
+            self.fits = self._allocate()
         if self.fits or self.use_placeholders:
             with closing(map_in_threads(self._store, missing.tolist())) as results:
                 for row, reason in track(results, len(missing), f"{label}: images") if label else results:
@@ -93,10 +90,9 @@ class EvalImageCache:
     def _check(self, rows: np.ndarray) -> None:
         """Raise a DataError for unreadable images in `rows`; with `use_placeholders`, only if all of them are unreadable."""
         bad = {row: self.unreadable[row] for row in rows.tolist() if row in self.unreadable}
-        if not bad or (self.use_placeholders and len(bad) < len(set(rows.tolist()))):
-            return
-        reasons = describe_failures(bad, self.images.paths)
-        raise DataError(reasons if len(bad) == 1 else f"{len(bad)} of {len(rows)} images cannot be used: {reasons}")
+        if bad and not (self.use_placeholders and len(bad) < len(set(rows.tolist()))):
+            reasons = describe_failures(bad, self.images.paths)
+            raise DataError(reasons if len(bad) == 1 else f"{len(bad)} of {len(rows)} images cannot be used: {reasons}")
 
     def _batch(self, samples: list[Sample]) -> Batch:
         rows = np.array([row for _, row in samples], np.int64)
@@ -105,37 +101,26 @@ class EvalImageCache:
 
     def _store(self, row: int) -> tuple[int, str]:
         """Keep the evaluation input of a row, if there is room; return the row, and the reason if it is unreadable."""
-        batch, reason = self._read(row)
-        if self.pixels is not None:
-            self.pixels[row] = 0 if batch is None else batch.images[0].permute(1, 2, 0).numpy()
-            if self.meta is not None:
-                self.meta[row] = 0 if batch is None else batch.meta[0].numpy()
-        return row, reason
-
-    def _read(self, row: int) -> tuple[Batch | None, str]:
-        """Return the evaluation input of a row, or None and the reason if it is unreadable."""
         try:
-            return self.images.eval_batch(row), ""
+            batch = self.images.eval_batch(row)
         except DataError as error:
-            return None, str(error)
+            return row, str(error)
+        if self.pixels is not None:
+            self.pixels[row] = batch.images[0].permute(1, 2, 0).numpy()
+            if self.meta is not None:
+                self.meta[row] = batch.meta[0].numpy()
+        return row, ""
 
-    def _allocate(self, rows: np.ndarray) -> bool:
-        """Allocate room for all images, each as large as the first readable one of `rows`; return whether there is any."""
-        for row in rows.tolist():
-            first, reason = self._read(row)
-            if first is not None:
-                break
-            self.unreadable[row] = reason
-        else:
-            self._check(rows)
-        _, depth, height, width = first.images.shape
+    def _allocate(self) -> bool:
+        """Allocate room for the transformed images, which have one size; return whether there is any."""
+        depth, height, width = self.images.transform(torch.zeros(3, 64, 64, dtype=torch.uint8)).shape
         shape = (len(self), height, width, depth)
         if np.prod(shape) <= (memory_limit() if self.limit is None else self.limit):
-            self.pixels = np.empty(shape, np.uint8)  # pages that are never written take no memory
+            self.pixels = np.zeros(shape, np.uint8)  # pages that are never written take no memory
         elif self.scratch is not None:
             self.pixels = _temporary_array(shape, self.scratch)
-        if first.meta is not None:
-            self.meta = np.empty((len(self), first.meta.shape[1]), np.float32)
+        if self.images.meta:
+            self.meta = np.zeros((len(self), count_stats(self.images.meta)), np.float32)
         return self.pixels is not None
 
 

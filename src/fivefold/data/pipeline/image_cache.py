@@ -1,9 +1,7 @@
-"""The image cache: decoded images, one after the other in a file that all readers map into memory.
+"""The image cache: decoded images, one after the other in a file that all readers map into memory (docs/cache.md).
 
-docs/cache.md describes its files. The key of an image is the SHA-256 of its file, so one cache serves all folds, and duplicate
-files are stored once. The name of a cache is a digest of the images and decoding options, so that all processes that need
-the same pixels use the same cache. A process writes it under a temporary name while it holds a lock; the lock ends with the
-process, and the next one removes the files that a killed process left.
+The key of an image is the SHA-256 of its file, so one cache serves all folds, and duplicate files are stored once. The name
+of a cache is a digest of the images and decoding options, so all processes that need the same pixels use the same cache.
 """
 
 import hashlib
@@ -14,8 +12,8 @@ import os
 import secrets
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -74,9 +72,6 @@ class Cache:
         if not index.is_file() or sha256(index) != self.header.index_sha256:
             raise _damage_error(index)
         self.index = np.load(index, allow_pickle=False)
-        ends = self.index["offset"] + self.index["height"].astype(np.int64) * self.index["width"] * 3
-        if not len(ends) or ends.max() > self.bytes:
-            raise _damage_error(index)
         if not pixels.is_file() or pixels.stat().st_size != self.bytes:
             raise _damage_error(pixels)
 
@@ -125,9 +120,8 @@ def _read_header(folder: Path) -> CacheHeader:
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(map(str, problem["loc"]))
-        raise DataError(
-            f"{path} is not the header of an image cache: {key}: {problem['msg']}; run prepare again"
-        ) from None
+        reason = f"{key}: {problem['msg']}"
+        raise DataError(f"{path} is not the header of an image cache: {reason}; run prepare again") from None
 
 
 def _damage_error(path: Path) -> DataError:
@@ -142,10 +136,7 @@ def cache_name(digests: Sequence[str], options: DecodeOptions) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ImageFile:
-    """An image of a store, and the SHA-256 that its file must have (None: unknown).
-
-    `bytes`: the approximate size of its pixels in a cache, with padding, after `with_header`.
-    """
+    """An image of a store, the SHA-256 that its file must have (None: unknown), and its approximate `bytes` in a cache."""
 
     store: ImageStore
     path: str
@@ -153,7 +144,7 @@ class ImageFile:
     bytes: int = 0
 
     def with_header(self, options: DecodeOptions) -> "ImageFile":
-        """Return the image with its digest and size, from the file's bytes and header, without decoding."""
+        """Return the image with its digest and size, without decoding."""
         content, digest = read_verified(self.store, self.path, self.sha256)
         return replace(self, sha256=digest, bytes=_padded(3 * prod(options.stored_size(content, self.path))))
 
@@ -175,12 +166,7 @@ def plan_cache(files: Sequence[ImageFile], options: DecodeOptions) -> list[Image
     return [images[digest] for digest in sorted(images)]
 
 
-def pixel_bytes(images: Sequence[ImageFile]) -> int:
-    return sum(image.bytes for image in images)
-
-
 def format_bytes(size: float) -> str:
-    """Format bytes in MiB or GiB."""
     return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / MIB:.1f} MiB"
 
 
@@ -203,14 +189,14 @@ def check_sample(folder: Path, files: Sequence[ImageFile], options: DecodeOption
     if len(files) > 4 * SURVEY_SAMPLE:
         surveyed = plan_cache(files[:: -(-len(files) // SURVEY_SAMPLE)], options)
         count = len({file.sha256 for file in files})
-        check_cache_space(folder, count, SAMPLE_MARGIN * pixel_bytes(surveyed) / len(surveyed) * count, most_gib)
+        mean_bytes = sum(image.bytes for image in surveyed) / len(surveyed)
+        check_cache_space(folder, count, SAMPLE_MARGIN * mean_bytes * count, most_gib)
 
 
 def get_or_build(folder: Path, files: Sequence[ImageFile], options: DecodeOptions, most_gib: float) -> Cache | None:
-    """Return the cache of these images in `folder`; the first process that asks builds it, the others wait.
+    """Return the cache of these images, whose digests are known, in `folder`; the first process builds it, the others wait.
 
-    All digests must be known. Return None and log a warning if the cache does not fit or `folder` is not writable; the
-    images must then be read from their files. Rebuild a damaged cache.
+    Return None and log a warning if the cache does not fit or `folder` is not writable. Rebuild a damaged cache.
     """
     path = folder / cache_name([file.sha256 for file in files], options)
     try:
@@ -229,10 +215,13 @@ def open_or_build(
 ) -> Cache:
     """Return the cache at `path`: the existing one, or else a new one of these images, built by one process at a time.
 
-    Rebuild a damaged cache. Raise as `check_cache_space` and `build_cache` do.
+    Remove a damaged cache and what a killed process left. Raise as `check_cache_space` and `build_cache` do.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with build_lock(path):
+    with open(path.with_name(f".{path.name}.lock"), "ab") as file:
+        lock(file.fileno(), f"another process is building the image cache {path}: waiting for it")
+        for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
         try:
             return Cache(path)
         except MissingInputError:
@@ -242,32 +231,12 @@ def open_or_build(
         if path.exists():
             shutil.rmtree(path)
         images = survey_images()
-        size = pixel_bytes(images)
+        size = sum(image.bytes for image in images)
         check_cache_space(path.parent, len(images), size, most_gib)
         log.info(
             "%d images are decoded once, %s, into %s (%s)", len(images), options.description, path, format_bytes(size)
         )
         return build_cache(path, images, options)
-
-
-@contextmanager
-def build_lock(path: Path) -> Iterator[None]:
-    """Hold the lock on the cache at `path` while others wait; remove the files that a killed process left."""
-    # A read-only lock file of another user can be locked too.
-    name = path.with_name(f".{path.name}.lock")
-    try:
-        file = os.open(name, os.O_RDWR | os.O_CREAT, 0o666)
-    except PermissionError:
-        if not name.exists():
-            raise
-        file = os.open(name, os.O_RDONLY)
-    try:
-        lock(file, f"another process is building the image cache {path}: waiting for it")
-        for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        yield
-    finally:
-        os.close(file)
 
 
 def build_cache(folder: Path, images: Sequence[ImageFile], options: DecodeOptions) -> Cache:
@@ -277,6 +246,8 @@ def build_cache(folder: Path, images: Sequence[ImageFile], options: DecodeOption
         with raise_on_full_disk(folder):
             temporary.mkdir(parents=True)
             _write(temporary, images, options)
+            for path in (*temporary.iterdir(), temporary):
+                _sync_path(path)
             temporary.rename(folder)
             _sync_path(folder.parent)
     finally:
@@ -296,10 +267,7 @@ def _write(folder: Path, images: Sequence[ImageFile], options: DecodeOptions) ->
             file.write(content)
             digest.update(content)
             offset += len(content)
-        file.flush()
-        sync(file.fileno())
     np.save(folder / INDEX_FILE, index)
-    _sync_path(folder / INDEX_FILE)
     header = CacheHeader(
         format=FORMAT,
         decoder=DECODER,
@@ -310,7 +278,6 @@ def _write(folder: Path, images: Sequence[ImageFile], options: DecodeOptions) ->
         index_sha256=sha256(folder / INDEX_FILE),
     )
     write_json(folder / HEADER_FILE, header.model_dump())
-    _sync_path(folder)
 
 
 def _padded(size: int) -> int:

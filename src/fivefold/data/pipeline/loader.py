@@ -30,12 +30,13 @@ def balanced(codes: np.ndarray, batch_size: int, seed: int, epoch: int, drop_las
     Rows without a label (-1) are used once each.
     """
     random = make_generator(Stream.BALANCE, seed, epoch)
-    unlabelled = [(epoch, int(row)) for row in np.flatnonzero(codes < 0)]
+    samples = [(epoch, int(row)) for row in np.flatnonzero(codes < 0)]
     classes = random.permutation(np.unique(codes[codes >= 0]))
-    quota, more = divmod(len(codes) - len(unlabelled), max(len(classes), 1))
-    samples = list(unlabelled)
+    quota, more = divmod(len(codes) - len(samples), max(len(classes), 1))
     for index, code in enumerate(classes):
-        samples += _rounds(np.flatnonzero(codes == code), quota + (index < more), epoch, random)
+        rows, count = np.flatnonzero(codes == code), quota + (index < more)
+        passes = range(-(-count // len(rows)))
+        samples += [(epoch + REPEAT * n, int(row)) for n in passes for row in random.permutation(rows)][:count]
     return _make_batches([samples[index] for index in random.permutation(len(samples))], batch_size, drop_last)
 
 
@@ -45,18 +46,7 @@ def _make_batches(samples: list[Sample], batch_size: int, drop_last: bool) -> li
     return [samples[i * batch_size : (i + 1) * batch_size] for i in range(count)]
 
 
-def _rounds(rows: np.ndarray, count: int, epoch: int, random: np.random.Generator) -> list[Sample]:
-    """Return `count` samples of `rows`, with a new permutation in every pass over the rows."""
-    rounds = -(-count // len(rows))
-    samples = [(epoch + REPEAT * number, int(row)) for number in range(rounds) for row in random.permutation(rows)]
-    return samples[:count]
-
-
-SAMPLERS: dict[str, Sampler] = {
-    "shuffle": shuffle,
-    "balanced": balanced,
-}
-
+SAMPLERS: dict[str, Sampler] = {"shuffle": shuffle, "balanced": balanced}
 
 InFlight = TypeVar("InFlight")
 
@@ -64,8 +54,7 @@ InFlight = TypeVar("InFlight")
 def prefetch_to_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
     """Return the same batches in the same order; on CUDA they are on the device, and the next copy starts before a batch is yielded.
 
-    The copies use a separate CUDA stream, so a step does not wait for a copy that can run during the previous step.
-    On other devices nothing is prefetched: on a CPU, a loading thread takes as much time from the step as it saves.
+    The copies use a separate CUDA stream. On a CPU, a loading thread would take as much time from the step as it saves.
     """
     if device.type != "cuda":
         return iter(batches)

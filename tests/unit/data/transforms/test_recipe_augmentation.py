@@ -26,37 +26,31 @@ def make_image(kind: str) -> torch.Tensor:
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_augmentation_of_each_system_depends_only_on_the_seed(system, kind):
     original = make_image(kind)
-    before = original.clone()
     transform = build_transforms(SYSTEMS[system], (48, 40))
     outputs = []
     for seed in (0, 0, 1, 2):
         torch.default_generator.manual_seed(derive_seed(42, 0, seed))
         outputs.append(transform(original))
-    for output in outputs:
-        assert output.shape == (3, 48, 40)
-        assert output.dtype == torch.uint8
+    assert {(output.shape, output.dtype) for output in outputs} == {((3, 48, 40), torch.uint8)}
     assert torch.equal(outputs[0], outputs[1])
     differ = any(not torch.equal(outputs[0], other) for other in outputs[2:])
     assert differ == (system != "mask_profile BaseAugmentation")
-    assert torch.equal(original, before)
+    assert torch.equal(original, make_image(kind))
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset_applies_only_its_deterministic_transforms_at_evaluation(name):
     """The original also applied the whole preset to validation images: jitter, noise and flips changed every score."""
-    transform = build_transforms([name], (48, 40), evaluation=True)
     state = torch.get_rng_state()
-    outputs = [transform(make_image("large")) for _ in range(4)]
-    assert all(torch.equal(outputs[0], other) for other in outputs)
+    output = build_transforms([name], (48, 40), evaluation=True)(make_image("large"))
     assert torch.equal(torch.get_rng_state(), state)
     crop = {"CustomAugmentation": (320, 256), "bestAugmentation": (380, 380)}.get(name)
     parts = [{"name": "centre_crop_pixels", "height": crop[0], "width": crop[1]}] if crop else []
-    assert torch.equal(outputs[0], build_transforms(parts, (48, 40))(make_image("large")))
+    assert torch.equal(output, build_transforms(parts, (48, 40))(make_image("large")))
 
 
 @pytest.mark.parametrize("system", RECIPES)
 def test_random_training_transforms_are_rejected_at_evaluation(system):
-    """The original car ConvNeXt validated on randomly cropped, rotated and jittered images."""
     with pytest.raises(SettingsError, match=r"augment\.eval: .* random"):
         build_transforms(SYSTEMS[system], (48, 40), evaluation=True)
 
@@ -67,10 +61,3 @@ def test_deterministic_sharpening_and_darkening_are_allowed_at_evaluation():
     assert torch.equal(first, build_transforms(specs, (48, 40))(make_image("high")))
     with pytest.raises(SettingsError, match=r"'unsharp_mask' .*random"):
         build_transforms([{"name": "unsharp_mask", "p": 0.5}], (48, 40), evaluation=True)
-
-
-def test_probability_is_the_share_of_changed_images():
-    transform = build_transforms([{"name": "brightness", "amount": 0.5, "p": 0.3}], (5, 4))
-    torch.manual_seed(0)
-    changed = sum(not torch.equal(transform(make_image("tiny")), make_image("tiny")) for _ in range(1000))
-    assert 250 < changed < 350
