@@ -59,14 +59,10 @@ class TrainedModel:
     runtime: Runtime
     link: str = "softmax"
 
-    def predict(self, store: ImageStore, paths: Sequence[str], label: str, views: Sequence[Spec] = ()) -> np.ndarray:
-        """Return log-probabilities float32 [N, C] of the images at `paths`, with `views` or else the recipe's views."""
-        return self.predict_cached(SharedEvalImages(ImageList(store, paths)), label, views)
-
     def predict_cached(
         self, shared: "SharedEvalImages", label: str, views: Sequence[Spec] = (), rows: Sequence[int] | None = None
     ) -> np.ndarray:
-        """Like `predict`, for shared images (or some `rows` of them), which are prepared once for all models."""
+        """Predict shared images or some `rows` of them, as `predict_images`; they are prepared once for all models."""
         images = shared.for_model(self)
         return predict_images(self.network, self.settings, self.runtime, images, label, views, rows, self.link)
 
