@@ -27,11 +27,8 @@ def main(job: StageContext, settings: Settings) -> StageResult:
     product = build_product(groups) if needs_product(infos) else None
     if product is None:
         check_equal_field(models, "classes", "predict different classes")
-        if infos[0].get("knows"):
-            log.warning(
-                "inference: the models predict only %s; the answers cover no other factors",
-                ", ".join(infos[0]["knows"]),
-            )
+        if knows := infos[0].get("knows"):
+            log.warning("inference: the answers cover only the factors %s", ", ".join(knows))
     classes = product.factors.classes if product else tuple(infos[0]["classes"])
     same = ClassAliases(settings.data.class_aliases, settings.data.alias_policy)
     store = open_store(job.channel("eval"), settings.data.max_unpacked_gib)

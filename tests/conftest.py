@@ -3,7 +3,6 @@
 import logging
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +24,6 @@ def reset_log() -> Iterator[None]:
             logging.getLogger().removeHandler(handler)
 
 
-@contextmanager
 def mount_disk(size: str, folder: Path) -> Iterator[Path]:
     """Mount an in-memory file system of this size; skip the test if none can be mounted."""
     disk = folder / "disk"
@@ -41,15 +39,13 @@ def mount_disk(size: str, folder: Path) -> Iterator[Path]:
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 64 KiB."""
-    with mount_disk("64k", tmp_path) as disk:
-        yield disk
+    yield from mount_disk("64k", tmp_path)
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 8 MiB."""
-    with mount_disk("8m", tmp_path) as disk:
-        yield disk
+    yield from mount_disk("8m", tmp_path)
 
 
 @pytest.fixture(scope="session")
@@ -76,21 +72,20 @@ class DrawnProducts:
     category: dict[str, str]
 
 
-def draw_products(root: Path, count: int = 40, size: int = 16) -> DrawnProducts:
-    """Draw products with a varying number of images per cell, in Korean categories of unequal size."""
-    random = np.random.default_rng(0)
+@pytest.fixture(scope="session")
+def products(tmp_path_factory: pytest.TempPathFactory) -> DrawnProducts:
+    """Forty drawn products with a varying number of images per cell, in Korean categories of unequal size; read-only."""
+    root, random = tmp_path_factory.mktemp("products"), np.random.default_rng(0)
     bright = {"main": 0, "back": 0, "tag": 1, "neck": 2, "etc": None}
-    category = {f"P{n:03d}": "상의" if n % 10 < 7 else "하의" if n % 10 < 9 else "가방" for n in range(count)}
+    category = {f"P{n:03d}": "상의" if n % 10 < 7 else "하의" if n % 10 < 9 else "가방" for n in range(40)}
     lines = ["id,category_name,main_image,back_image,text_tag_image,neck_tag_image,other"]
     for number, (product, name) in enumerate(category.items()):
         cells = []
         for column, channel in bright.items():
-            # The other cells hold zero to two images; both separators between paths occur.
-            images = [
-                f"사진/{product}/{column}_{n}.png" for n in range(1 if column == "main" else (number + len(cells)) % 3)
-            ]
+            count = 1 if column == "main" else (number + len(cells)) % 3
+            images = [f"사진/{product}/{column}_{n}.png" for n in range(count)]
             for image in images:
-                pixels = random.integers(0, 100, (size, size, 3))
+                pixels = random.integers(0, 100, (16, 16, 3))
                 pixels[..., slice(None) if channel is None else channel] += 150
                 (root / image).parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels.astype(np.uint8)).save(root / image)
@@ -98,12 +93,6 @@ def draw_products(root: Path, count: int = 40, size: int = 16) -> DrawnProducts:
         lines.append(",".join([product, name, *(f'"{cell}"' for cell in cells)]))
     (root / "image_data.csv").write_text("\n".join(lines) + "\n", encoding="utf-8-sig")
     return DrawnProducts(root, category)
-
-
-@pytest.fixture(scope="session")
-def products(tmp_path_factory: pytest.TempPathFactory) -> DrawnProducts:
-    """Forty drawn products in the layout `products`; read-only."""
-    return draw_products(tmp_path_factory.mktemp("products"))
 
 
 @pytest.fixture(scope="session")

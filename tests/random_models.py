@@ -12,7 +12,7 @@ from fivefold.contract.artifacts import open_model_dir
 from fivefold.contract.files import write_json
 from fivefold.data.readers.stores import open_store
 from fivefold.inference.blending import arithmetic
-from fivefold.trained_model import load_model, save_model
+from fivefold.trained_model import ImageList, SharedEvalImages, load_model, save_model
 from fivefold.training.trainer import BestCheckpoint
 from toy_data import draw, run_stage
 
@@ -78,6 +78,6 @@ def predict_onnx(path: Path, folder: Path, **more: np.ndarray) -> np.ndarray:
 
 def predict_pipeline(models: list[Path], folder: Path, weights: list[float]) -> np.ndarray:
     """Return the blended log-probabilities [N, C], computed by the code of the ensemble stage."""
-    names = sorted(path.name for path in folder.iterdir())
+    images = ImageList(open_store(folder), sorted(path.name for path in folder.iterdir()))
     loaded = [load_model(open_model_dir(path), {}) for path in models]
-    return arithmetic([model.predict(open_store(folder), names, "test") for model in loaded], np.array(weights))
+    return arithmetic([model.predict_cached(SharedEvalImages(images), "") for model in loaded], np.array(weights))

@@ -109,6 +109,7 @@ def run_files(run: str, submission: str, columns: tuple[str, ...]) -> list[Expec
     ]
 
 
+SYSTEMS: dict[str, System] = {}
 SUBMISSION = "submission_fold5_ensemble_{}.csv"
 STUDENT = "Student_stage2_fold1_best.pth"
 CAR_COLUMNS = ("ID", *sorted(toy_layouts.CARS))
@@ -124,7 +125,7 @@ def b5_commands(root: Path) -> Iterator[Command]:
     yield export("runs/C/distill", "student", STUDENT)
 
 
-B5 = System(
+SYSTEMS["car_efficientnet_b5"] = System(
     draw=toy_layouts.draw_cars,
     commands=b5_commands,
     files=(
@@ -151,7 +152,7 @@ def convnext_commands(root: Path) -> Iterator[Command]:
     yield export("runs/convnext/fold-0", "raw", "best_model.pth", "export.weights=raw")
 
 
-CONVNEXT = System(
+SYSTEMS["car_convnext_tiny"] = System(
     draw=toy_layouts.draw_cars,
     commands=convnext_commands,
     files=(
@@ -172,7 +173,7 @@ def sketch_commands(root: Path) -> Iterator[Command]:
 
 
 ANSWER_COLUMNS = ("ID", "image_path", "target")
-SKETCH = System(
+SYSTEMS["sketch_caformer"] = System(
     draw=toy_layouts.draw_sketches,
     commands=sketch_commands,
     files=(
@@ -197,7 +198,7 @@ def product_commands(root: Path) -> Iterator[Command]:
 
 
 PRODUCT_COLUMNS = ("product_id", "image_path", "image_type")
-PRODUCT = System(
+SYSTEMS["product_image_type"] = System(
     draw=toy_layouts.draw_products,
     commands=product_commands,
     files=(
@@ -235,7 +236,7 @@ def mask_commands(root: Path) -> Iterator[Command]:
     yield job("evaluation", SM_GROUND_TRUTH_DIR="truth", SM_OUTPUT_DATA_DIR="product", printed="product.out")
 
 
-MASK = System(
+SYSTEMS["mask_profile"] = System(
     draw=toy_layouts.draw_faces,
     commands=mask_commands,
     files=(
@@ -253,11 +254,3 @@ MASK = System(
         Expected("product.out", SCORES, 1),
     ),
 )
-
-SYSTEMS = {
-    "car_efficientnet_b5": B5,
-    "car_convnext_tiny": CONVNEXT,
-    "sketch_caformer": SKETCH,
-    "product_image_type": PRODUCT,
-    "mask_profile": MASK,
-}

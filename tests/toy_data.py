@@ -34,6 +34,11 @@ LEARNS = [
     'augment.train=["random_crop", "horizontal_flip"]', "augment.batch_mix=cutmix", "predict.tta=plain,flip",
 ]  # fmt: skip
 """A network that learns the toy images."""
+LEARNS_PRODUCTS = [
+    *LEARNS, "model.image_size=16", "train.epochs=4", "train.ema_decay=0", "augment.train=horizontal_flip", "augment.batch_mix=none",
+    "train.device=cpu",
+]  # fmt: skip
+"""A network that learns the drawn products."""
 RESUMES = [
     "FOLD=0", *MODEL, "model.dropout=0.3", "train.epochs=4", "train.batch_size=8", "train.lr=0.02", "train.ema_decay=0.9",
     "train.precision=fp32", "train.checkpoint_steps=2", "augment.batch_mix=cutmix",
@@ -196,15 +201,11 @@ def make_toy_run(root: Path) -> Path:
 
 def make_product_run(products: Path, root: Path) -> Path:
     """Make a split of products, two folds, their ensemble's predictions for all images, and a student."""
-    settings = [
-        *LEARNS, "model.image_size=16", "train.epochs=4", "train.ema_decay=0", "augment.train=horizontal_flip", "augment.batch_mix=none",
-        "train.device=cpu",
-    ]  # fmt: skip
     (root / "train").symlink_to(products)
     (root / "eval").symlink_to(products / "사진")
     assert run_stage(root, "split", "split", "data.layout=products", "split.folds=2", "split.holdout=0.5") == 0
     for fold in range(2):
-        assert run_stage(root, "train-fold", f"fold-{fold}", f"FOLD={fold}", *settings) == 0
+        assert run_stage(root, "train-fold", f"fold-{fold}", f"FOLD={fold}", *LEARNS_PRODUCTS) == 0
     assert run_stage(root, "ensemble", "ensemble", MODEL=root) == 0
-    assert run_stage(root, "distill", "distill", *settings, MODEL=root) == 0
+    assert run_stage(root, "distill", "distill", *LEARNS_PRODUCTS, MODEL=root) == 0
     return root

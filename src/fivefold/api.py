@@ -32,8 +32,7 @@ IMAGE_INPUT_TYPES = (str, os.PathLike, bytes, Image.Image)
 class ImageClassificationAPI:
     """Predict images with the model at a path: a fold's model folder, a student's, or a folder with a whole ensemble.
 
-    Several fold models have equal weights, unless the folder also contains their `ensemble.json` with weights and a
-    temperature. The models stay in memory. Nothing is written to disk.
+    Several fold models have equal weights, unless the folder also contains their `ensemble.json`. The models stay in memory.
     """
 
     def __init__(
@@ -47,10 +46,8 @@ class ImageClassificationAPI:
         """Load the models. `device`: auto (CUDA, else MPS, else CPU), cuda, mps or cpu; `batch_size` 0: the recipe's.
 
         `images_folder`: base folder of image paths; a path that leads out of it, also by a link, gives `ERROR`. Set it if
-        other people choose the paths; without it, they can name any file of this machine.
-
-        Raise a MissingInputError if there is no model or no such folder, a DataError if a model is damaged or
-        unfinished, and a SettingsError if this machine does not have the device.
+        other people choose the paths; without it, they can name any file of this machine. Raise a MissingInputError if there
+        is no model or no such folder, a DataError for a damaged model, and a SettingsError for a missing device.
         """
         path = Path(model_path)
         if not path.exists():

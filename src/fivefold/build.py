@@ -1,11 +1,13 @@
 """Build objects from settings: network, datasets, training loop. Lower layers do not read settings."""
 
 import logging
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +37,6 @@ from fivefold.progress import MIB
 from fivefold.system import count_cores, free_shared_memory
 from fivefold.training import memory
 from fivefold.training.callbacks import Ema, FreezeBackbone
-from fivefold.training.checkpoints import Stateful
 from fivefold.training.loggers import TRACKERS
 from fivefold.training.losses import Loss, balanced_weights, build_loss
 from fivefold.training.mixing import MIXINGS, Mixing
@@ -122,48 +123,54 @@ def build_trainer(
     """Build all components of a training run; if `train` has a teacher, it is a distillation."""
     check_training(settings)
     seed_everything(settings.seed)
-    chosen = settings.train
+    chosen, distill = settings.train, settings.distill
     loss = _build_loss(settings, train)
     if network.meta is not None:
         network.meta.fit(torch.from_numpy(train.images.compute_image_stats()))
-    model = _prepare_model(network, runtime, chosen.cpu_convs)
+    group = runtime.process_group
+    synchronised = network if group.is_single else convert_sync_batchnorm(network, runtime.device)
+    model = runtime.to_device(optimize_for_cpu(synchronised, runtime, chosen.cpu_convs))
     shares = lr_scales(network.backbone, chosen.backbone_lr_scale, chosen.layer_decay)
     optimizer = build_optimizer(chosen.optimizer, model, chosen.lr, chosen.weight_decay, chosen.momentum, shares)
-    ema = Ema(model, chosen.ema_decay) if chosen.ema_decay else None
     steps = -(-count_batches(len(train.images), chosen.batch_size, chosen.drop_last) // chosen.grad_accum_steps)
-    schedule = Schedule(
-        chosen.schedule,
-        optimizer,
-        steps * chosen.epochs,
-        steps,
-        chosen.warmup_epochs,
-        chosen.lr_step_epochs,
-        chosen.lr_gamma,
-    )
-    raw = {"raw": model} if ema is None or chosen.save_raw_weights else {}
+    total, warmup = steps * chosen.epochs, chosen.warmup_epochs
+    schedule = Schedule(chosen.schedule, optimizer, total, steps, warmup, chosen.lr_step_epochs, chosen.lr_gamma)
     scaler = build_scaler(runtime)
     objective = _build_objective(settings, loss, train)
     update = build_update(model, objective, optimizer, runtime, chosen.max_grad_norm, chosen.sam_rho, scaler)
-    callbacks = {**({"ema": ema} if ema else {}), "schedule": schedule, **_callbacks(settings, network, train, steps)}
-    parts: dict[str, Stateful] = {
-        "model": model,
-        "optimizer": optimizer,
-        "scaler": scaler,
-        RUNTIME: PrecisionState(runtime),
-    }
+    callbacks: dict[str, Any] = {"ema": Ema(model, chosen.ema_decay)} if chosen.ema_decay else {}
+    scored = {name: ema.model for name, ema in callbacks.items()}
+    if not scored or chosen.save_raw_weights:
+        scored["raw"] = model
+    callbacks["schedule"] = schedule
+    if chosen.freeze_epochs:
+        callbacks["freezing"] = FreezeBackbone(network.backbone, chosen.freeze_epochs * steps)
+    if train.teacher is not None:
+        falling = round(distill.alpha_anneal_fraction * chosen.epochs * steps)
+        decay, end = distill.temperature_decay, distill.min_temperature
+        callbacks["teacher"] = DistillSchedule(train.teacher, steps, decay, end, falling)
     if chosen.compile:
         network.backbone.compile()  # in place, to keep names; after the EMA copy, which is not trained
     sampler = choose(SAMPLERS, "sampler", chosen.sampler)
+    codes = torch.where(train.targets.sum(dim=1) > 0, train.targets.argmax(dim=1), -1)  # -1: no label
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler, **callbacks}
     return Trainer(
         label=label,
         model=model,
-        scored_models=({"ema": ema.model} if ema else {}) | raw,
+        scored_models=scored,
         train=train,
         valid=valid,
-        config=_build_loop_config(settings, patience, runtime),
-        batches=partial(
-            sampler, _class_codes(train.targets), chosen.batch_size, settings.seed, drop_last=chosen.drop_last
+        config=LoopConfig(
+            epochs=chosen.epochs,
+            batch_size=chosen.batch_size,
+            predict_batch_size=predict_batch_size(settings),
+            accumulate=chosen.grad_accum_steps,
+            patience=patience,
+            validate_every=chosen.validate_every,
+            seed=settings.seed,
+            workers=choose_workers(chosen.num_workers, runtime, largest_batch_bytes(settings)),
         ),
+        batches=partial(sampler, codes.cpu().numpy(), chosen.batch_size, settings.seed, drop_last=chosen.drop_last),
         mixing=_build_mixing(settings),
         update=update,
         after_step=list(callbacks.values()),
@@ -172,21 +179,7 @@ def build_trainer(
         monitor=chosen.monitor,
         select=select,
         runtime=runtime,
-        components=parts | callbacks,
-    )
-
-
-def _build_loop_config(settings: Settings, patience: int, runtime: Runtime) -> LoopConfig:
-    chosen = settings.train
-    return LoopConfig(
-        epochs=chosen.epochs,
-        batch_size=chosen.batch_size,
-        predict_batch_size=predict_batch_size(settings),
-        accumulate=chosen.grad_accum_steps,
-        patience=patience,
-        validate_every=chosen.validate_every,
-        seed=settings.seed,
-        workers=choose_workers(chosen.num_workers, runtime, largest_batch_bytes(settings)),
+        components=parts | {RUNTIME: PrecisionState(runtime)},
     )
 
 
@@ -195,29 +188,21 @@ def check_memory(network: Classifier, settings: Settings, runtime: Runtime, imag
 
     On a CPU, also log the memory of the whole process, which keeps `images` bytes of decoded images.
     """
-    chosen = settings.train
+    chosen, rank = settings.train, runtime.process_group.rank
     copies = 1 + choose(OPTIMIZER_STATES, "optimizer", chosen.optimizer)
     copies += (chosen.ema_decay > 0) + (chosen.sam_rho > 0)
     meta = count_stats(settings.model.image_stats)
     estimate = memory.estimate_memory(runtime.to_device(network), settings.model.size, runtime, copies, meta)
-    rank = runtime.process_group.rank
-    passes = (
-        2 if chosen.rdrop_alpha and _backbone_is_stochastic(network, settings, runtime) else 1
-    )  # one batch of twice the rows
-    estimate = replace(
-        estimate, image=-(-passes * estimate.image // rank.world_size)
-    )  # each rank holds a part of the batch
+    # R-Drop with a random backbone runs one batch of twice the rows; each rank holds a part of the batch.
+    passes = 2 if chosen.rdrop_alpha and _backbone_is_stochastic(network, settings, runtime) else 1
+    estimate = replace(estimate, image=-(-passes * estimate.image // rank.world_size))
     log.info(describe_runtime(runtime))
     free = memory.available_bytes(runtime.device, rank.local_world_size)
     log.info("memory: a step takes %s", memory.check_fits(estimate, chosen.batch_size, free, chosen.grad_accum_steps))
     if runtime.device.type == "cpu":
-        process_mib = memory.process_bytes(estimate, chosen.batch_size, images) / memory.MEBIBYTE
-        images_mib = images / memory.MEBIBYTE
-        log.info(
-            "memory: the process takes about %s MiB, including libraries and %s MiB of decoded images",
-            f"{process_mib:,.0f}",
-            f"{images_mib:,.0f}",
-        )
+        used = memory.process_bytes(estimate, chosen.batch_size, images) / MIB
+        words = f"the process takes about {used:,.0f} MiB, with {images / MIB:,.0f} MiB of decoded images"
+        log.info("memory: %s", words)
 
 
 def _backbone_is_stochastic(network: Classifier, settings: Settings, runtime: Runtime) -> bool:
@@ -239,23 +224,18 @@ def choose_workers(requested: int, runtime: Runtime, batch_bytes: int) -> int:
     """Return the number of loader processes: `requested`, or for -1 a number for this machine.
 
     -1 means 0 on a CPU, where they would take cores from training, and up to 8 on a GPU, one per core of this process.
-    Loader processes pass on batches of `batch_bytes` in shared memory. If it is too small, -1 gives fewer, with a warning.
-
-    Raises:
-        SettingsError: The shared memory is too small for `requested` processes.
+    They pass on batches of `batch_bytes` in shared memory. If it is too small, -1 gives fewer, with a warning. If it is
+    too small for `requested` processes, raise a SettingsError.
     """
-    rank = runtime.process_group.rank
-    automatic = 0 if runtime.device.type == "cpu" else min(8, max(1, count_cores() // rank.local_world_size))
-    workers, free = requested if requested >= 0 else automatic, free_shared_memory()
-    fitting = workers
-    while (
-        free is not None and fitting and batches_in_shared_memory(fitting) * batch_bytes * rank.local_world_size > free
-    ):
-        fitting -= 1
+    local_size, free = runtime.process_group.rank.local_world_size, free_shared_memory()
+    automatic = 0 if runtime.device.type == "cpu" else min(8, max(1, count_cores() // local_size))
+    workers = requested if requested >= 0 else automatic
+    needed = [batches_in_shared_memory(count) * batch_bytes * local_size for count in range(workers + 1)]
+    fitting = workers if free is None else max(count for count, size in enumerate(needed) if size <= free)
     if fitting == workers:
         return workers
-    needed = batches_in_shared_memory(workers) * batch_bytes * rank.local_world_size / MIB
-    problem = f"{workers} loader processes need {needed:,.1f} MiB of shared memory, and /dev/shm has {free / MIB:,.1f} MiB free"
+    figures = f"{needed[workers] / MIB:,.1f} MiB of shared memory, and /dev/shm has {free / MIB:,.1f} MiB free"
+    problem = f"{workers} loader processes need {figures}"
     hint = "start the container with --shm-size=2g"
     if requested >= 0:
         raise SettingsError(f"train.num_workers={requested}: {problem}; {hint}, or set train.num_workers={fitting}")
@@ -265,11 +245,8 @@ def choose_workers(requested: int, runtime: Runtime, batch_bytes: int) -> int:
 
 def largest_batch_bytes(settings: Settings, training: bool = True) -> int:
     """Return the bytes of the largest batch uint8 [B, 3, H, W] that loader processes pass on: in training, or in prediction only."""
-    images = predict_batch_size(settings)
-    if training:
-        images = max(images, settings.train.batch_size)
-    height, width = settings.model.size
-    return images * 3 * height * width
+    images = max(predict_batch_size(settings), settings.train.batch_size * training)
+    return images * 3 * math.prod(settings.model.size)
 
 
 def check_training(settings: Settings) -> None:
@@ -299,12 +276,12 @@ def build_trial_network(settings: Settings, shapes_only: bool) -> Classifier:
 
     `shapes_only`: build it without values, on the meta device, if possible.
     """
-    model = settings.model
-    # Keep `pretrained` for our own small networks: they have no hub, and the error needs no download.
-    hub = model.pretrained and model.backbone.startswith("fivefold/")
-    model = model.model_copy(update={"pretrained": hub, "weights": ""})
+    small = settings.model.backbone.startswith("fivefold/")
+    # `pretrained` is an error for our small networks, which have no hub; for others it would download weights here.
+    pretrained = settings.model.pretrained and small
+    model = settings.model.model_copy(update={"pretrained": pretrained, "weights": ""})
     network = None
-    if shapes_only and not model.backbone.startswith("fivefold/"):  # our small networks are faster with values
+    if shapes_only and not small:  # small networks are faster with values
         with suppress(Exception), torch.device("meta"):  # built again below, which raises the error of a wrong setting
             network = build_classifier(model, 2)
     network = network or build_classifier(model, 2)
@@ -363,30 +340,3 @@ def _build_objective(settings: Settings, loss: Loss, train: TrainData) -> Object
     else:
         criterion = distillation_loss(loss, lambda: teacher.alpha, lambda: teacher.temperature)
     return rdrop(criterion, alpha, loss.link) if alpha else single_pass(criterion)
-
-
-def _callbacks(
-    settings: Settings, network: Classifier, train: TrainData, steps: int
-) -> dict[str, FreezeBackbone | DistillSchedule]:
-    """Return the callbacks after a step besides EMA and schedule, by their keys in a checkpoint; `steps`: per epoch."""
-    epochs, first, distill = settings.train.epochs, settings.train.freeze_epochs, settings.distill
-    callbacks: dict[str, FreezeBackbone | DistillSchedule] = {}
-    if first:
-        callbacks["freezing"] = FreezeBackbone(network.backbone, first * steps)
-    if train.teacher is not None:
-        falling = round(distill.alpha_anneal_fraction * epochs * steps)
-        callbacks["teacher"] = DistillSchedule(
-            train.teacher, steps, distill.temperature_decay, distill.min_temperature, falling
-        )
-    return callbacks
-
-
-def _class_codes(targets: Tensor) -> np.ndarray:
-    """Return the class of each row of targets [N, C], or -1 if it has no label."""
-    return torch.where(targets.sum(dim=1) > 0, targets.argmax(dim=1), -1).cpu().numpy()
-
-
-def _prepare_model(network: nn.Module, runtime: Runtime, cpu_convs: bool) -> nn.Module:
-    """Prepare the network for training on this machine: device, fast convolutions, BatchNorm over all ranks."""
-    network = network if runtime.process_group.is_single else convert_sync_batchnorm(network, runtime.device)
-    return runtime.to_device(optimize_for_cpu(network, runtime, cpu_convs))

@@ -28,10 +28,7 @@ CHUNK_IMAGES = 32
 
 @dataclass(frozen=True)
 class PredictionBatch:
-    """Predictions of N images: `rows` [R] of readable images, ascending, and their `log_probs` float32 [R, C].
-
-    `unreadable`: the reason by row, for the images that cannot be read.
-    """
+    """`rows` [R] of readable images, ascending, their `log_probs` float32 [R, C], and the reason of each `unreadable` row."""
 
     rows: np.ndarray
     log_probs: np.ndarray
@@ -40,7 +37,7 @@ class PredictionBatch:
 
 @dataclass(frozen=True)
 class EnsemblePredictor:
-    """An ensemble with loaded models: `models`, in the order of its models."""
+    """An ensemble with its loaded `models`, in the same order."""
 
     ensemble: EnsembleSpec
     models: Sequence[TrainedModel]
@@ -52,8 +49,7 @@ class EnsemblePredictor:
     def predict(self, files: ImageList, label: str = "") -> PredictionBatch:
         """Return the blended predictions of all readable images; show a progress bar if `label` is not empty.
 
-        Models with the same decoding options share decoded images, and models with the same preprocessing share
-        transformed images. An image that cannot be read does not raise.
+        Models share decoded images and transformed images. An image that cannot be read does not raise.
         """
         chunks, total = self._prepare_chunks(files), -(-len(files.paths) // CHUNK_IMAGES)
         rows, log_probs, unreadable = [], [np.empty((0, len(self.classes)), np.float32)], {}
@@ -93,7 +89,7 @@ class EnsemblePredictor:
     def _prepare_chunks(self, files: ImageList) -> Iterator[dict[int, PreparedImage | str]]:
         """Yield chunks of rows, each preprocessed or with the reason why it cannot be read; prepare a chunk ahead."""
         sets = [
-            ImageDataset(files.store, files.paths, _identity, 0, files.sha256, (), options)
+            ImageDataset(files.store, files.paths, lambda image: image, sha256=files.sha256, decode_options=options)
             for options in self.decode_options
         ]
 
@@ -114,10 +110,9 @@ class EnsemblePredictor:
 
 
 def load_ensemble(folder: Path, scratch: Path, explicit: Mapping[str, Any]) -> EnsemblePredictor:
-    """Load the models below a folder (tarballs are unpacked to `scratch`), with weights and temperature of an `ensemble.json` if it exists.
+    """Load the ensemble of the models below a folder, as `find_ensemble` does; tarballs are unpacked to `scratch`.
 
-    `explicit`: keys of `[predict]` that override the models' settings. A single fold model is allowed; several models
-    must be complete systems of one split.
+    `explicit`: keys of `[predict]` that override the models' settings.
     """
     ensemble = find_ensemble(find_models(folder, scratch), find_all(folder, scratch, ENSEMBLE))
     if "rank" in (ensemble.within, ensemble.between):
@@ -128,10 +123,9 @@ def load_ensemble(folder: Path, scratch: Path, explicit: Mapping[str, Any]) -> E
 
 
 def row_roles(models: Sequence[ModelDir], table: FoldTable) -> np.ndarray:
-    """Return the role of each row of the split for these models together: `train`, `valid` or `test`, str [N].
+    """Return the role of each row of the split for these models together, str [N].
 
-    `train`: at least one model trained on the row. `valid`: the row only selected a best epoch, like the holdout of a
-    student with patience. `test`: no model used the row.
+    `train`: at least one model trained on the row. `valid`: the row only selected a best epoch. `test`: no model used it.
     """
     part = np.full(len(table), "test", dtype="U5")
     trained = np.zeros(len(table), bool)
@@ -143,7 +137,3 @@ def row_roles(models: Sequence[ModelDir], table: FoldTable) -> np.ndarray:
         trained[table.train_rows(fold) if fold is not None else table.part == "train"] = True
     part[trained] = "train"
     return part
-
-
-def _identity(image: Any) -> Any:
-    return image

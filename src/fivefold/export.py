@@ -1,8 +1,6 @@
 """Export trained models as one file for other programs: ONNX, or a plain PyTorch state dict.
 
-The ONNX graph contains the whole prediction after reading and resizing an image: it normalises, computes each view,
-averages views and models, and applies the temperature. The file is kept only if onnxruntime gives the same probabilities
-as the networks.
+The ONNX graph contains the whole prediction after reading and resizing an image: normalisation, views, models, temperature.
 """
 
 import json
@@ -43,9 +41,7 @@ def check_graph(predictor: EnsemblePredictor) -> None:
     """Raise a SettingsError unless one graph can contain the models: a mean, one size, one transform, the same meta features."""
     for key, blend in (("blend", predictor.ensemble.between), ("within", predictor.ensemble.within)):
         if blend not in EXPORTABLE_BLENDS:
-            raise SettingsError(
-                f"{ENSEMBLE}: {key}={blend} is not a mean of probabilities, and an exported graph can contain only that"
-            )
+            raise SettingsError(f"{ENSEMBLE}: {key}={blend} is not a mean of probabilities, which a graph needs")
     first, stats = predictor.models[0], input_stats(predictor)
     for other in predictor.models[1:]:
         for what, a, b in (
@@ -63,13 +59,13 @@ def check_graph(predictor: EnsemblePredictor) -> None:
 class PreprocessedModel(nn.Module):
     """Images [B, 3, H, W] in 0..255 to one model's mean probabilities over its views [B, C]."""
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, model: TrainedModel) -> None:
         super().__init__()
         self.scores = LINKS[model.link]
-        self.network = make_traceable(model.network.float().cpu().to(memory_format=torch.contiguous_format))
+        self.network = model.network.float().cpu().to(memory_format=torch.contiguous_format)
+        for module in self.network.modules():
+            if hasattr(module, "set_swish"):  # efficientnet_pytorch's default Swish cannot be traced
+                module.set_swish(memory_efficient=False)
         self.register_buffer("mean", model.runtime.mean.cpu())
         self.register_buffer("std", model.runtime.std.cpu())
         self.views: list[View] = build_views(model.settings.predict.tta, black=-self.mean / self.std)
@@ -85,8 +81,6 @@ class PreprocessedModel(nn.Module):
 class EnsembleModule(nn.Module):
     """Images float [B, 3, H, W] in 0..255, and meta features [B, M] if models take them, to probabilities [B, C]."""
 
-    weights: Tensor
-
     def __init__(self, predictor: EnsemblePredictor) -> None:
         super().__init__()
         self.members = nn.ModuleList(PreprocessedModel(model) for model in predictor.models)
@@ -99,14 +93,6 @@ class EnsembleModule(nn.Module):
         if self.temperature == 1:
             return mean
         return (mean.clamp_min(torch.finfo(mean.dtype).tiny).log() / self.temperature).softmax(dim=1)
-
-
-def make_traceable(network: nn.Module) -> nn.Module:
-    """Return the network in eval mode, with traceable activations: efficientnet_pytorch's Swish is an autograd function."""
-    for module in network.modules():
-        if hasattr(module, "set_swish"):
-            module.set_swish(memory_efficient=False)
-    return network.eval()
 
 
 def describe_model(predictor: EnsemblePredictor) -> dict[str, Any]:
@@ -132,8 +118,8 @@ def describe_model(predictor: EnsemblePredictor) -> dict[str, Any]:
 def write_onnx(path: Path, predictor: EnsemblePredictor) -> None:
     """Write one graph: `images` float [N, 3, H, W] in 0..255, RGB (and `meta` float [N, M]) to `probabilities` [N, C].
 
-    N is dynamic. The metadata contain `describe`, each value as JSON. Raise a FivefoldError if onnxruntime disagrees with
-    the networks, and a SettingsError if ONNX cannot represent them.
+    N is dynamic. The metadata contain `describe_model`, each value as JSON. Raise a FivefoldError if onnxruntime disagrees
+    with the networks, and a SettingsError if ONNX cannot represent them.
     """
     require_packages(["onnx", "onnxscript", "onnxruntime"], "export", "export.format=onnx")
     check_graph(predictor)
@@ -170,10 +156,9 @@ def write_pth(path: Path, predictor: EnsemblePredictor) -> None:
 
 def _random_inputs(predictor: EnsemblePredictor, images: int) -> tuple[Tensor, ...]:
     """Return random images and meta features, the same on every call."""
-    random = torch.Generator().manual_seed(0)
+    random, stats = torch.Generator().manual_seed(0), input_stats(predictor)
     pixels = torch.randint(0, 256, (images, 3, *predictor.models[0].settings.model.size), generator=random).float()
-    numbers = torch.rand(images, count_stats(input_stats(predictor)), generator=random)
-    return (pixels, numbers) if input_stats(predictor) else (pixels,)
+    return (pixels, torch.rand(images, count_stats(stats), generator=random)) if stats else (pixels,)
 
 
 def _trace(blended: EnsembleModule, inputs: tuple[Tensor, ...]) -> torch.onnx.ONNXProgram:

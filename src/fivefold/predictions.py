@@ -1,8 +1,7 @@
 """The prediction table that stages exchange: log-probabilities of rows, by class name.
 
-Columns: `id`, `fold` (-1 if the prediction is not from a single fold), `system`, `label` (if the
-true class is known), and for each class `p/<class>`: a float32 log-probability, which stays precise
-where the probability is close to 0 or 1. Columns are matched by class name, never by position.
+Columns: `id`, `fold` (-1 if the prediction is not from a single fold), `system`, `label` (if the true class is known), and
+for each class `p/<class>`: a float32 log-probability. Columns are matched by class name, never by position.
 """
 
 from collections import Counter
@@ -108,36 +107,27 @@ def read(path: Path) -> Predictions:
         kind = table.schema.field(PREFIX + name).type
         if not pa.types.is_floating(kind):
             raise DataError(f"{path}: column {PREFIX + name} holds {kind}, not log-probabilities")
-    predictions = Predictions(
-        ids=_text_column(table, "id", path),
-        fold=_fold_column(table, path),
-        system=_system_name(table, path),
-        classes=classes,
-        log_probs=np.stack([table[PREFIX + name] for name in classes], axis=1).astype(np.float32, copy=False),
-        labels=_text_column(table, "label", path) if "label" in names else None,
-    )
-    check(predictions, str(path))
-    return predictions
+    ids, fold = _text_column(table, "id", path), table["fold"]
+    if duplicates := _duplicates(ids):
+        raise DataError(f"{path}: duplicate ids: {preview(duplicates)}")
+    if not pa.types.is_integer(fold.type) or fold.null_count:
+        raise DataError(f"{path}: column fold holds {fold.type}, {fold.null_count} of them null, not fold numbers")
+    log_probs = np.stack([table[PREFIX + name] for name in classes], axis=1).astype(np.float32, copy=False)
+    with np.errstate(over="ignore"):
+        sums = np.exp(log_probs).sum(axis=1, dtype=np.float64)
+    bad = np.flatnonzero(~(np.abs(sums - 1) <= TOLERANCE))  # written so that NaN counts as bad
+    if len(bad):
+        raise DataError(
+            f"{path}: the row of id {ids[bad[0]]!r} needs natural logarithms of probabilities that sum to 1; "
+            f"they sum to {sums[bad[0]]:.4g}, and the largest logarithm is {log_probs[bad[0]].max():.4g}"
+        )
+    labels = _text_column(table, "label", path) if "label" in names else None
+    return Predictions(ids, fold.to_numpy().astype(np.int16), _system_name(table, path), classes, log_probs, labels)
 
 
 def read_system(path: Path) -> str:
     """Read only the system name of a table; raise as `read` does."""
     return _system_name(_read_columns(path, ["system"]), path)
-
-
-def check(table: Predictions, where: str) -> None:
-    """Raise a DataError with `where` and the first invalid row unless the table holds probabilities of unique ids."""
-    if duplicates := _duplicates(table.ids):
-        raise DataError(f"{where}: duplicate ids: {preview(duplicates)}")
-    with np.errstate(over="ignore"):
-        sums = np.exp(table.log_probs).sum(axis=1, dtype=np.float64)
-    bad = np.flatnonzero(~(np.abs(sums - 1) <= TOLERANCE))  # written so that NaN counts as bad
-    if len(bad):
-        values, total = table.log_probs[bad[0]], sums[bad[0]]
-        raise DataError(
-            f"{where}: the row of id {table.ids[bad[0]]!r} needs natural logarithms of probabilities that sum to 1; "
-            f"they sum to {total:.4g}, and the largest logarithm is {values.max():.4g}"
-        )
 
 
 def reorder_classes(log_probs: np.ndarray, classes: Sequence[str], target: Sequence[str]) -> np.ndarray:
@@ -153,8 +143,7 @@ def reorder_classes(log_probs: np.ndarray, classes: Sequence[str], target: Seque
 def mean_by_id(tables: Sequence[Predictions]) -> Predictions:
     """Return one table with each id once, in order of first occurrence: the mean probability of its rows.
 
-    This combines the folds of a system into one table of out-of-fold rows, and the holdout tables of fold models into an
-    ensemble's. Columns are matched by name; the fold is kept if all rows of an id have the same one.
+    Columns are matched by name; the fold is kept if all rows of an id have the same one.
     """
     first = tables[0]
     rows, ids = pd.factorize(np.concatenate([table.ids for table in tables]))
@@ -203,13 +192,6 @@ def _text_column(table: pa.Table, name: str, path: Path) -> np.ndarray:
     if texts.null_count and name == "id":
         raise DataError(f"{path}: {texts.null_count} rows have no id")
     return texts.fill_null("").to_numpy()
-
-
-def _fold_column(table: pa.Table, path: Path) -> np.ndarray:
-    column = table["fold"]
-    if not pa.types.is_integer(column.type) or column.null_count:
-        raise DataError(f"{path}: column fold holds {column.type}, {column.null_count} of them null, not fold numbers")
-    return column.to_numpy().astype(np.int16)
 
 
 def _system_name(table: pa.Table, path: Path) -> str:

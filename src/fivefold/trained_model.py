@@ -9,32 +9,33 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 from torch import nn
 
 from fivefold.build import (
     build_classifier,
     choose_workers,
+    image_dataset,
     largest_batch_bytes,
     make_prediction_runtime,
     precision_name,
     predict_batch_size,
     split_dataset,
 )
-from fivefold.config.loading import hashed_settings
+from fivefold.config.loading import hashed_settings, validate
 from fivefold.config.schema import PLATFORM_SECTIONS, Settings, Spec
 from fivefold.contract.artifacts import ModelDir
 from fivefold.contract.files import atomic, write_json
 from fivefold.contract.stage_specs import MODEL, RAW_WEIGHTS, WEIGHTS
 from fivefold.data.image_io import DecodeOptions, decode_options
-from fivefold.data.pipeline.dataset import Batch, ImageDataset, concat_batches, image_stats
+from fivefold.data.pipeline.dataset import Batch, concat_batches, image_stats
 from fivefold.data.pipeline.eval_cache import EvalImageCache, memory_limit
 from fivefold.data.readers.stores import ImageStore
 from fivefold.data.split.fold_table import FoldTable
 from fivefold.data.transforms.registry import Transform, build_transforms
 from fivefold.distributed.process_group import SINGLE_PROCESS, ProcessGroup
-from fivefold.errors import DataError
+from fivefold.errors import DataError, SettingsError
 from fivefold.inference.predictor import Runtime, log_mean, predict, predict_all
+from fivefold.lookup import choose
 from fivefold.models.classifier import LINKS
 from fivefold.models.weights import load_strict, save_weights
 from fivefold.training.losses import build_loss
@@ -58,14 +59,10 @@ class TrainedModel:
     runtime: Runtime
     link: str = "softmax"
 
-    def predict(self, store: ImageStore, paths: Sequence[str], label: str, views: Sequence[Spec] = ()) -> np.ndarray:
-        """Return log-probabilities float32 [N, C] of the images at `paths`, with `views` or else the recipe's views."""
-        return self.predict_cached(SharedEvalImages(ImageList(store, paths)), label, views)
-
     def predict_cached(
         self, shared: "SharedEvalImages", label: str, views: Sequence[Spec] = (), rows: Sequence[int] | None = None
     ) -> np.ndarray:
-        """Like `predict`, for shared images (or some `rows` of them), which are prepared once for all models."""
+        """Predict shared images or some `rows` of them, as `predict_images`; they are prepared once for all models."""
         images = shared.for_model(self)
         return predict_images(self.network, self.settings, self.runtime, images, label, views, rows, self.link)
 
@@ -113,17 +110,14 @@ class ImageList:
 class SharedEvalImages:
     """Evaluation images, decoded and transformed once for all models with the same preprocessing key, and for all views.
 
-    They stay in memory up to a limit that all keys share, then in files of the folder `scratch`. `use_placeholders`: use
-    placeholders for images that cannot be read, instead of raising (`EvalImageCache`).
+    They stay in memory up to a limit that all keys share, then in files of the folder `scratch`. `use_placeholders`: as in
+    `EvalImageCache`.
     """
 
     files: ImageList
     scratch: Path | None = None
     use_placeholders: bool = False
     caches: dict[str, EvalImageCache] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.files.paths)
 
     @property
     def unreadable(self) -> list[int]:
@@ -132,31 +126,17 @@ class SharedEvalImages:
 
     def for_model(self, model: TrainedModel) -> EvalImageCache:
         """Return the images preprocessed for `model`; preprocessing runs during prediction."""
-        if model.preprocess_key not in self.caches:
+        key, files = model.preprocess_key, self.files
+        if key not in self.caches:
             remaining = memory_limit() - sum(other.memory_bytes for other in self.caches.values())
-            self.caches[model.preprocess_key] = eval_cache(
-                model.settings, self.files, self.scratch, remaining, self.use_placeholders
-            )
-        return self.caches[model.preprocess_key]
+            images = image_dataset(files.store, files.paths, files.sha256, model.settings, training=False)
+            self.caches[key] = EvalImageCache(images, self.scratch, remaining, self.use_placeholders)
+        return self.caches[key]
 
 
 def evaluation_images(store: ImageStore, table: FoldTable, rows: np.ndarray, settings: Settings) -> EvalImageCache:
     """Return rows of the split as evaluation images, preprocessed once for all validations and views if they fit in memory."""
     return EvalImageCache(split_dataset(store, table, rows, settings, training=False))
-
-
-def eval_cache(
-    settings: Settings,
-    files: ImageList,
-    scratch: Path | None = None,
-    limit: int | None = None,
-    use_placeholders: bool = False,
-) -> EvalImageCache:
-    """Return images with a recipe's evaluation transform, preprocessed once: `limit` bytes in memory, the rest in `scratch`."""
-    transform = build_transforms(settings.augment.eval, settings.model.size, evaluation=True)
-    options = decode_options(settings.data)
-    images = ImageDataset(files.store, files.paths, transform, 0, files.sha256, settings.model.image_stats, options)
-    return EvalImageCache(images, scratch, limit, use_placeholders)
 
 
 def predict_images(
@@ -188,27 +168,17 @@ def load_model(
     DataError if the folder does not contain a valid model.
     """
     try:
-        settings, link = Settings.model_validate(source.info["settings"]), source.info["link"]
-        LINKS[link]
-    except (ValueError, KeyError) as error:
-        raise DataError(f"{source.path}: {MODEL} does not describe a valid model: {_first_problem(error)}") from error
+        settings, link = validate(source.info["settings"], {}), source.info["link"]
+        choose(LINKS, "link", link)
+    except (SettingsError, KeyError) as error:
+        hint = "if another version of Fivefold wrote it, use that version, or train again"
+        raise DataError(f"{source.path}: {MODEL} does not describe a valid model ({hint}): {error}") from error
     settings = settings.model_copy(update={"predict": settings.predict.model_copy(update=dict(explicit))})
     model = settings.model.model_copy(update={"pretrained": False, "weights": ""})
     network = build_classifier(model, len(source.info["classes"]))
     load_strict(network, source.path / weights)
     runtime = make_prediction_runtime(settings, source.info["precision"], explicit.get("device", "auto"), process_group)
     return TrainedModel(source, settings, runtime.to_device(network).eval(), runtime, link)
-
-
-def _first_problem(error: Exception) -> str:
-    """Return the first problem of the settings in a model.json, and what to do if another version wrote them."""
-    if not isinstance(error, ValidationError):
-        return f"{type(error).__name__}: {error}"
-    problems = error.errors()
-    key, more = ".".join(map(str, problems[0]["loc"])), f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    if problems[0]["type"] == "extra_forbidden":
-        return f"unknown setting {key!r}{more}; another version of Fivefold wrote it: use that version, or train again"
-    return f"{key}: {problems[0]['msg']}{more}"
 
 
 def save_model(
@@ -221,8 +191,7 @@ def save_model(
 ) -> list[Path]:
     """Write the weights that predict, the raw weights if there are any, and `model.json`; return the written files.
 
-    `best`: the kept epoch of each contender, the first of which predicts. `facts`: further entries of `model.json`, such
-    as classes, fold, folds and the digest of the split.
+    `best`: the kept epoch of each contender, the first of which predicts. `facts`: further entries of `model.json`.
     """
     written = []
     (folder / RAW_WEIGHTS).unlink(missing_ok=True)

@@ -76,9 +76,8 @@ def assert_handled(read: Callable[[Path], object], content: bytes, name: str) ->
             assert str(error).strip()
 
 
-def make_image(form: str, mode: str = "RGB") -> bytes:
-    pixels = np.random.default_rng(0).integers(0, 255, (9, 11, 4), dtype=np.uint8)
-    file = io.BytesIO()
+def make_image(form: str, mode: str) -> bytes:
+    file, pixels = io.BytesIO(), np.random.default_rng(0).integers(0, 255, (9, 11, 4), dtype=np.uint8)
     Image.fromarray(pixels, "RGBA").convert(mode).save(file, form)
     return file.getvalue()
 
@@ -88,18 +87,17 @@ def make_table(header: list[str], rows: list[list[object]]) -> bytes:
 
 
 def make_predictions() -> bytes:
+    log_probs = np.log(np.full((6, 2), 0.5, np.float32))
+    table = Predictions(np.array([*"abcdef"], object), np.arange(6) % 2, "s", ("a", "b"), log_probs)
     with tempfile.TemporaryDirectory() as folder:
-        ids, fold = np.array([f"r{n}" for n in range(6)], object), np.arange(6).astype(np.int16) % 2
-        log_probs = np.log(np.full((6, 2), 0.5, np.float32))
-        predictions.write(Path(folder) / "p.parquet", Predictions(ids, fold, "s", ("a", "b"), log_probs))
-        return (Path(folder) / "p.parquet").read_bytes()
+        return predictions.write(Path(folder) / "p.parquet", table).read_bytes()
 
 
 def make_archive() -> bytes:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as zip_file:
         for name in ("a/1.png", "b/2.png", "사진/3.png"):
-            zip_file.writestr(name, make_image("PNG"))
+            zip_file.writestr(name, make_image("PNG", "RGB"))
     return file.getvalue()
 
 
@@ -123,11 +121,8 @@ RECIPE = b'{"train": {"epochs": 3, "lr": 0.1}, "augment": {"train": ["resize", {
 
 
 def make_checkpoint(zipped: bool) -> bytes:
-    file = io.BytesIO()
-    content = {
-        "model": {"a.weight": torch.ones(3, 2), "a.bias": torch.ones(2)},
-        "args": argparse.Namespace(lr=np.float64(0.1)),
-    }
+    file, model = io.BytesIO(), {"a.weight": torch.ones(3, 2), "a.bias": torch.ones(2)}
+    content = {"model": model, "args": argparse.Namespace(lr=np.float64(0.1))}
     torch.save(content, file, _use_new_zipfile_serialization=zipped)
     return file.getvalue()
 
@@ -139,11 +134,8 @@ RECORD = (
 )
 READERS: dict[str, tuple[Callable[[Path], object], bytes, str]] = {
     **{
-        f"{form} {mode}": (read_image, make_image(form, mode), "x")
-        for form, mode in (
-            *(("JPEG", "RGB"), ("JPEG", "CMYK"), ("PNG", "RGBA"), ("PNG", "P")),
-            *(("GIF", "P"), ("WEBP", "RGB"), ("BMP", "RGB"), ("TIFF", "RGB")),
-        )
+        name: (read_image, make_image(*name.split()), "x")
+        for name in ("JPEG RGB", "JPEG CMYK", "PNG RGBA", "PNG P", "GIF P", "WEBP RGB", "BMP RGB", "TIFF RGB")
     },
     **{
         f"recipe {name}": (lambda path: read_recipe(str(path)), shipped_recipes()[name].read_bytes(), "mine.toml")

@@ -43,25 +43,21 @@ def test_model_trained_with_bce_predicts_and_is_exported_with_sigmoids(images, t
         load_model(open_model_dir(folder), {})
 
 
+def assert_rejected(folder: Path, message: str, section: str, **changes: object) -> None:
+    info = read_json(folder / "model.json")
+    info["settings"][section] |= changes
+    write_json(folder / "model.json", info)
+    with pytest.raises(DataError, match=f"^[^\n]*{message}[^\n]*$"):
+        load_model(open_model_dir(folder), {})
+
+
 @pytest.mark.parametrize("option", ["checkpoint_path", "pretrained_cfg_overlay", "cache_dir", "weights"])
 def test_model_json_that_names_other_weights_is_rejected(option, tmp_path):
     folder = save_model_dir(tmp_path / "model", None)
-    info = read_json(folder / "model.json")
-    info["settings"]["model"]["backbone_kwargs"][option] = str(tmp_path / "w.pth")
-    write_json(folder / "model.json", info)
-    with pytest.raises(DataError, match=option):
-        load_model(open_model_dir(folder), {})
+    assert_rejected(folder, option, "model", backbone_kwargs={option: str(tmp_path / "w.pth")})
 
 
-def test_a_model_of_another_version_is_refused_in_one_line_that_names_a_setting(tmp_path):
+def test_a_model_of_another_version_is_refused_in_one_line_that_names_its_settings(tmp_path):
     folder = save_model_dir(tmp_path / "model", None)
-    info = read_json(folder / "model.json")
-    info["settings"]["train"] |= {"clip": 1.0, "keep_raw": False}
-    write_json(folder / "model.json", info)
-    with pytest.raises(DataError, match=r"train\.clip.*and 1 more") as caught:
-        load_model(open_model_dir(folder), {})
-    assert "\n" not in str(caught.value)
-    info["settings"]["train"] = {"epochs": 0}
-    write_json(folder / "model.json", info)
-    with pytest.raises(DataError, match=r"train\.epochs"):
-        load_model(open_model_dir(folder), {})
+    assert_rejected(folder, r"train\.clip.*train\.keep_raw", "train", clip=1.0, keep_raw=False)
+    assert_rejected(folder, r"train\.epochs", "train", epochs=0)

@@ -30,14 +30,8 @@ def make_table(rows: int = 4, classes: tuple[str, ...] = CLASSES, seed: int = 0,
 
 
 def assert_same(actual: Predictions, expected: Predictions) -> None:
-    np.testing.assert_array_equal(actual.ids, expected.ids)
-    np.testing.assert_array_equal(actual.fold, expected.fold)
-    np.testing.assert_array_equal(actual.log_probs, expected.log_probs)
-    assert (actual.system, actual.classes) == (expected.system, expected.classes)
-    if expected.labels is None:
-        assert actual.labels is None
-    else:
-        np.testing.assert_array_equal(actual.labels, expected.labels)
+    for name, value in vars(expected).items():
+        np.testing.assert_array_equal(getattr(actual, name), value)
 
 
 @pytest.mark.parametrize(
@@ -71,15 +65,9 @@ def replace_column(name: str, column: Any) -> Callable[[pa.Table], pa.Table]:
     return lambda table: table.set_column(table.column_names.index(name), name, column)
 
 
-def replace_value(row: int, value: float | None) -> Callable[[pa.Table], pa.Table]:
-    """Return a function that replaces the value of column `p/cat` in one row."""
-
-    def change(table: pa.Table) -> pa.Table:
-        values = table.column("p/cat").to_pylist()
-        values[row] = value
-        return replace_column("p/cat", pa.array(values, pa.float32()))(table)
-
-    return change
+def replace_last(value: float) -> Callable[[pa.Table], pa.Table]:
+    """Return a function that replaces the last value of the column `p/cat`."""
+    return lambda table: replace_column("p/cat", pa.array([*table["p/cat"].to_pylist()[:-1], value]))(table)
 
 
 @pytest.mark.parametrize(
@@ -88,8 +76,8 @@ def replace_value(row: int, value: float | None) -> Callable[[pa.Table], pa.Tabl
         (lambda t: t.drop_columns(["system"]), "no column system"),
         (lambda t: t.select(["id", "fold", "system"]), "no column p/<class>"),
         (replace_column("p/cat", pa.array([1, 2, 3, 4])), "column p/cat holds int64, not log-probabilities"),
-        (replace_value(2, float("nan")), "the row of id 'row-2' .* sum to nan"),
-        (replace_value(3, 3.5), r"the row of id 'row-3' .* logarithm is 3\.5"),
+        (replace_last(float("nan")), "the row of id 'row-3' .* sum to nan"),
+        (replace_last(3.5), r"the row of id 'row-3' .* logarithm is 3\.5"),
         (replace_column("id", pa.array(["a", "b", "a", "c"])), "ids.*: 'a'"),
         (replace_column("id", pa.array(["a", None, "b", "c"])), "1 rows have no id"),
         (replace_column("id", pa.array([["a"], ["b"], ["c"], ["d"]])), "column id holds list"),
@@ -131,9 +119,7 @@ def test_codes_map_labels_to_classes_by_name():
     with pytest.raises(DataError, match="no labels"):
         make_table(2, labels=False).codes()
     with pytest.raises(DataError, match=r"labels .*: 'cat'"):
-        Predictions(
-            predictions.ids, predictions.fold, "s", ("a", "b"), predictions.log_probs[:, :2], np.array(["cat"] * 4)
-        ).codes()
+        replace(predictions, classes=("fold", "id", "label")).codes()
 
 
 def test_class_columns_are_matched_by_name_and_not_by_position():
@@ -146,14 +132,13 @@ def test_class_columns_are_matched_by_name_and_not_by_position():
 
 
 def test_mean_by_id_averages_rows_with_the_same_id():
-    def make_predictions(
-        ids: str, labels: str, probs: list[list[float]], fold: int, classes: tuple[str, ...]
-    ) -> Predictions:
-        log_probs, folds = np.log(np.array(probs, np.float32)), np.full(len(ids), fold)
-        return Predictions(np.array(list(ids), object), folds, "s", classes, log_probs, np.array(list(labels), object))
+    def make_predictions(ids: str, labels: str, probs: list[list[float]], fold: int, classes: str) -> Predictions:
+        names, truth = (np.array([*texts], object) for texts in (ids, labels))
+        log_probs = np.log(np.array(probs, np.float32))
+        return Predictions(names, np.full(len(ids), fold), "s", tuple(classes), log_probs, truth)
 
-    first = make_predictions("ba", "xy", [[0.2, 0.8], [0.5, 0.5]], 0, ("x", "y"))
-    mean = mean_by_id([first, make_predictions("ac", "yx", [[0.9, 0.1], [0.6, 0.4]], 1, ("y", "x"))])
+    first = make_predictions("ba", "xy", [[0.2, 0.8], [0.5, 0.5]], 0, "xy")
+    mean = mean_by_id([first, make_predictions("ac", "yx", [[0.9, 0.1], [0.6, 0.4]], 1, "yx")])
     assert (list(mean.ids), list(mean.fold), list(mean.labels)) == (list("bac"), [0, -1, 1], list("xyx"))
     np.testing.assert_allclose(np.exp(mean.log_probs), [[0.2, 0.8], [0.3, 0.7], [0.4, 0.6]], rtol=1e-6)
     assert mean.fold.dtype == np.int16

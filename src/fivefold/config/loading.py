@@ -1,10 +1,7 @@
 """Load settings from a recipe and layers over it, and explain unknown keys and invalid values.
 
-Precedence, highest first: KEY=VALUE arguments, environment, hyperparameters, recipe, default. Keys are
-case-insensitive; a dot or `__` separates section and key.
-
-Arguments, environment variables and hyperparameters are text, or JSON that a platform made of text; recipes are
-typed already. Unambiguous text is accepted (`no` as false, `plain,flip` as a list); anything else is an error.
+Precedence, highest first: KEY=VALUE arguments, environment, hyperparameters, recipe, default. All but recipes are text, or
+JSON that a platform made of text. Unambiguous text is accepted (`no` as false, `plain,flip` as a list).
 """
 
 import json
@@ -29,7 +26,6 @@ from fivefold.lookup import did_you_mean
 
 ENVIRONMENT_KEYS = {"fold", "stage", "recipe", "run", "runs", "seed"}
 INDEX_VARIABLE = "JOB_COMPLETION_INDEX"
-ALIASES = {"config": "recipe"}
 SECRET = re.compile(r"sagemaker\.(stages(\.[^.]+)?|(stages\.[^.]+\.)?environment(\..*)?)")
 """Keys with environment variables; messages and logs never contain their values."""
 
@@ -82,12 +78,11 @@ def job_index_layer(environ: Mapping[str, str]) -> Layer:
 
 def collect_layers(arguments: Sequence[str], environ: Mapping[str, str]) -> list[Layer]:
     """Return the layers of this process, highest precedence first; the recipe and the defaults come after them."""
+    platform = {normalize_key(name): value for name, value in hyperparameters_from_env(environ).items()}
     return [
         arguments_layer(arguments),
         environment_layer(environ),
-        Layer(
-            "hyperparameters", {normalize_key(name): value for name, value in hyperparameters_from_env(environ).items()}
-        ),
+        Layer("hyperparameters", platform),
         job_index_layer({} if index_means_host(environ) else environ),
     ]
 
@@ -95,16 +90,13 @@ def collect_layers(arguments: Sequence[str], environ: Mapping[str, str]) -> list
 def load(layers: Sequence[Layer]) -> Settings:
     """Return the settings of `layers` (highest precedence first) over the recipe that they name.
 
-    Raise a SettingsError that names the source for an unknown key (with the nearest known one), a wrong type or an
-    invalid value.
+    Raise a SettingsError that names the source for an unknown key, a wrong type or an invalid value.
     """
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     for layer in reversed(layers):
         for key, value in layer.values.items():
-            values.pop(
-                key, None
-            )  # values of higher precedence go last: a table must not overwrite such a key inside it
+            values.pop(key, None)  # so that it goes last: a table must not overwrite a stronger key inside it
             values[key] = _convert(key, value, layer.source)
             sources[key] = layer.source
     index = next((layer.values["fold"] for layer in layers if layer.source == INDEX_VARIABLE and layer.values), "none")
@@ -115,13 +107,13 @@ def load(layers: Sequence[Layer]) -> Settings:
         _set_key(tree, key, value)
     if not tree.get("system"):
         tree["system"] = default_system(tree.get("recipe") or "default")
-    return _validate(tree, sources)
+    return validate(tree, sources)
 
 
 def normalize_key(name: str) -> str:
     """Return `train.epochs` for `TRAIN__EPOCHS`, `--train.epochs` or `Train.epochs`; `-` becomes `_`, `config` `recipe`."""
     key = name.strip().lower().lstrip("-").replace("-", "_").replace("__", ".")
-    return ALIASES.get(key, key)
+    return "recipe" if key == "config" else key
 
 
 def unused_keys(layer: Layer, sections: Sequence[str]) -> list[str]:
@@ -138,18 +130,28 @@ def in_sections(key: str, sections: Sequence[str]) -> bool:
 def read_recipe(name: str) -> dict[str, Any]:
     """Return the tree of a shipped recipe or a recipe file, with its variants: `name:a,b`; see `recipes.parse_recipe`."""
     tree = parse_recipe(name)
-    _validate(tree, {}, f"recipe {name}: ")
+    validate(tree, {}, f"recipe {name}: ")
     return tree
 
 
-def flatten(settings: BaseModel, prefix: str = "") -> dict[str, Any]:
+def validate(tree: Mapping[str, Any], sources: Mapping[str, str], where: str = "") -> Settings:
+    """Return the settings of a typed tree; raise a SettingsError for invalid values, with the `sources` of their keys."""
+    try:
+        settings = Settings.model_validate(tree)
+        settings.student()
+        return settings
+    except ValidationError as error:
+        # The student's sections are validated as separate models; their keys are in [distill].
+        prefix = () if error.title == "Settings" else ("distill", error.title.lower())
+        problems = {_describe_error(problem, prefix, sources): None for problem in error.errors()}
+        raise SettingsError(where + "; ".join(problems)) from None
+
+
+def flatten(settings: Settings) -> dict[str, Any]:
     """Return all settings as a flat dict: `{"train.epochs": 3, …}`."""
     flat: dict[str, Any] = {}
     for name, value in settings:
-        if isinstance(value, BaseModel):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
+        flat |= {f"{name}.{key}": item for key, item in value} if isinstance(value, BaseModel) else {name: value}
     return flat
 
 
@@ -205,8 +207,8 @@ def parse_value(kind: Any, value: Any) -> Any:
 def type_name(kind: Any, many: bool = False) -> str:
     """Return a description of the type `kind`: `a whole number`, `a list of numbers`."""
     members = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    named = [_describe_member(member, many) for member in sorted(members, key=lambda member: member is str)]
-    return " or ".join(name for name in named if name)
+    ordered = sorted(members, key=lambda member: member is str)
+    return " or ".join(_describe_member(member, many) for member in ordered if member is not NoneType)
 
 
 def _readings(value: Any) -> Iterator[Any]:
@@ -216,8 +218,7 @@ def _readings(value: Any) -> Iterator[Any]:
         yield value
         return
     parsed = _parse(text)
-    if isinstance(parsed, str) and text.startswith('"'):
-        # Some launchers encode every hyperparameter as JSON, including text.
+    if isinstance(parsed, str) and text.startswith('"'):  # some launchers encode every hyperparameter as JSON
         text = parsed
     if isinstance(parsed, list | dict):
         yield parsed
@@ -249,8 +250,6 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def _describe_member(kind: Any, many: bool) -> str:
-    if kind is NoneType:
-        return ""
     origin = get_origin(kind) or kind
     if origin is Literal:
         return "one of " + ", ".join(get_args(kind))
@@ -287,23 +286,10 @@ def _hint(key: str) -> str:
 def _set_key(tree: dict[str, Any], key: str, value: Any) -> None:
     *sections, last = key.split(".")
     for section in sections:
-        # Copy the table: it may belong to a layer that is used again.
         table = tree.get(section)
-        tree[section] = dict(table) if isinstance(table, dict) else {}
+        tree[section] = dict(table) if isinstance(table, dict) else {}  # a copy: layers are used again
         tree = tree[section]
     tree[last] = value
-
-
-def _validate(tree: Mapping[str, Any], sources: Mapping[str, str], where: str = "") -> Settings:
-    try:
-        settings = Settings.model_validate(tree)
-        settings.student()
-        return settings
-    except ValidationError as error:
-        # The student's sections are validated as separate models; their keys are in [distill].
-        prefix = () if error.title == "Settings" else ("distill", error.title.lower())
-        problems = {_describe_error(problem, prefix, sources): None for problem in error.errors()}
-        raise SettingsError(where + "; ".join(problems)) from None
 
 
 def _describe_error(problem: Mapping[str, Any], prefix: Sequence[str], sources: Mapping[str, str]) -> str:

@@ -48,10 +48,8 @@ def reject_if(condition: object, message: str) -> None:
 
 
 def _check_name(name: str) -> str:
-    reject_if(
-        set(name) & set("/\\") or name in (".", ".."),
-        f"{name!r} must be a plain name inside the output folder, without / and \\",
-    )
+    leads_out = set(name) & set("/\\") or name in (".", "..")
+    reject_if(leads_out, f"{name!r} must be a plain name inside the output folder, without / and \\")
     return name
 
 
@@ -70,9 +68,7 @@ class Data(Section):
     image_types: dict[str, str] = setting(IMAGE_TYPES, "products: class of the images in each column")
     age_bins: list[float] = setting([30, 60], "mask_profiles: ages at which the next age class begins")
     class_aliases: list[list[str]] = setting([], 'synonymous class names, e.g. [["A", "B"], ["C", "D"]]')
-    alias_policy: Literal["none", "merge", "sum"] = setting(
-        "none", "class_aliases: merge before training, or sum their probabilities when predicting"
-    )
+    alias_policy: Literal["none", "merge", "sum"] = setting("none", "merge before training, or sum probabilities")
     resize_shorter_side: int = setting(0, "first shrink images to this shorter side, in pixels; 0: keep size", ge=0)
     jpeg_draft: bool = setting(False, "decode JPEGs at 1/2, 1/4 or 1/8, never below resize_shorter_side; faster")
     cache: str = setting("auto", "folder of decoded images for all stages; auto: .cache beside the runs; off")
@@ -82,10 +78,8 @@ class Data(Section):
 
     def check(self) -> None:
         ages, names = self.age_bins, [name for group in self.class_aliases for name in group]
-        reject_if(
-            not ages or sorted(set(ages)) != ages or ages[0] <= 0,
-            f"age_bins={ages} must be ages above 0 in ascending order",
-        )
+        ascending = ages and sorted(set(ages)) == ages and ages[0] > 0
+        reject_if(not ascending, f"age_bins={ages} must be ages above 0 in ascending order")
         reject_if(
             len(set(names)) < len(names) or any(len(group) < 2 for group in self.class_aliases),
             f"class_aliases={self.class_aliases}: a group needs two names or more, and a name can be in one group only",
@@ -105,8 +99,7 @@ class Split(Section):
     skip_unreadable: bool = setting(False, "leave out unreadable images instead of stopping")
 
     def check(self) -> None:
-        if self.ratios:
-            parts = self.ratios
+        if parts := self.ratios:
             reject_if(
                 len(parts) != 3 or min(parts) < 0 or parts[1] == 0 or abs(sum(parts) - 1) > 1e-6,
                 "ratios must be three fractions (train, valid, test) that sum to 1, with valid above 0",
@@ -129,19 +122,16 @@ class Model(Section):
     std: list[float] = setting([0.229, 0.224, 0.225], "standard deviation per channel, for images in 0..1")
 
     def check(self) -> None:
-        reject_if(
-            len(self.size) != 2 or min(self.size) < 1, "image_size must be one positive number, or [height, width]"
-        )
+        valid_size = len(self.size) == 2 and min(self.size) > 0
+        reject_if(not valid_size, "image_size must be one positive number, or [height, width]")
         reject_if(
             len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0,
             "mean and std must be three numbers each, and every std is positive",
         )
         reject_if(len(set(self.image_stats)) < len(self.image_stats), "image_stats names a feature twice")
         for option in self.backbone_kwargs:  # Fivefold checks the files of `weights` and `pretrained` only
-            reject_if(
-                option.startswith(("pretrained", "weights", "checkpoint", "cache_dir")),
-                f"backbone_kwargs.{option}: backbone_kwargs cannot load weights; set pretrained=true or weights=PATH",
-            )
+            loads = option.startswith(("pretrained", "weights", "checkpoint", "cache_dir"))
+            reject_if(loads, f"backbone_kwargs.{option} cannot load weights; set pretrained=true or weights=PATH")
 
     @property
     def size(self) -> tuple[int, ...]:
@@ -175,9 +165,7 @@ class Train(Section):
     optimizer: str = setting("adamw", "adamw, adam, sgd (Nesterov), or muon (AdamW where it does not apply)")
     lr: float = setting(1e-3, "peak learning rate", gt=0)
     backbone_lr_scale: float = setting(1.0, "learning rate of the backbone, as a fraction of lr", gt=0, le=1)
-    layer_decay: float = setting(
-        1.0, "learning rate factor per layer, from the last to the first; below 1: timm/ only", gt=0, le=1
-    )
+    layer_decay: float = setting(1.0, "learning rate factor per layer, from the last; below 1: timm/ only", gt=0, le=1)
     freeze_epochs: int = setting(0, "first N epochs with a frozen backbone, BatchNorm included", ge=0)
     weight_decay: float = setting(1e-4, "not applied to norms, biases, scales and timm's exemptions", ge=0)
     momentum: float = setting(0.9, "momentum of sgd and muon", ge=0, lt=1)
@@ -222,9 +210,7 @@ class Ensemble(Section):
     seed_blend: Literal["mean", "geometric", "rank", "vote"] = setting("mean", "blend of one system's models")
     submissions: list[str] = setting([], "submission files to blend as systems, like SM_CHANNEL_SUBMISSIONS")
     calibrate_on: Literal["none", "holdout"] = setting("holdout", "holdout: fit on the holdout, if any")
-    unreadable: Literal["error", "prior"] = setting(
-        "error", "test images that cannot be read: error, or prior (class frequencies of the training rows)"
-    )
+    unreadable: Literal["error", "prior"] = setting("error", "unreadable test images: error, or prior (class shares)")
     submission: FileName = setting("submission.csv", "file name of the submission", min_length=1)
     answer: Literal["auto", "class", "number", "probability"] = setting(
         "auto", "content of a sample submission's only column; auto: guess from its values"
@@ -261,10 +247,8 @@ class Distill(Section):
     train: dict[str, Any] = setting({}, "overrides of [train] for the student")
 
     def check(self) -> None:
-        reject_if(
-            self.temperature_decay < 1 and self.min_temperature >= self.temperature,
-            f"temperature={self.temperature} must be above min_temperature={self.min_temperature}",
-        )
+        cannot_decay = self.temperature_decay < 1 and self.min_temperature >= self.temperature
+        reject_if(cannot_decay, f"temperature={self.temperature} must be above min_temperature={self.min_temperature}")
 
 
 class Export(Section):
@@ -359,7 +343,6 @@ RUN_STAGES = ("split", "train_fold", "ensemble", "evaluate", "distill")
 PER_STAGE_KEYS = frozenset(SageMaker.model_fields) - {"output", "region", "max_cost", "poll_seconds", "stages"}
 """The keys of `[sagemaker]` that a stage can override."""
 
-
 QUANTITY = r"^\d+(\.\d+)?(m|[kMGTPE]|[KMGTPE]i)?$"
 """A Kubernetes quantity of CPUs, memory or disk."""
 
@@ -380,9 +363,8 @@ class Kubernetes(Section):
 
     def check(self) -> None:
         for name, value in self.limits.items():
-            reject_if(
-                not re.fullmatch(QUANTITY, str(value)), f"limits.{name}={value!r} is not a quantity such as 4 or 8Gi"
-            )
+            valid = re.fullmatch(QUANTITY, str(value))
+            reject_if(not valid, f"limits.{name}={value!r} is not a quantity such as 4 or 8Gi")
 
 
 PLATFORM_SECTIONS = ("sagemaker", "kubernetes")
@@ -429,19 +411,7 @@ class Settings(Section):
 
 
 SECTIONS = {name for name, field in Settings.model_fields.items() if isinstance(field.default, Section)}
-EXECUTION_KEYS = {
-    "stage",
-    "run",
-    "runs",
-    "on_version_change",
-    "data.cache",
-    "data.cache_gib",
-    "data.max_unpacked_gib",
-    "train.checkpoint_minutes",
-    "train.checkpoint_steps",
-    "train.cache_in_memory",
-    "train.logger_project",
-    "train.loggers",
-    "train.num_workers",
-}
+EXECUTION_KEYS = {"stage", "run", "runs", "on_version_change", "data.cache", "data.cache_gib", "data.max_unpacked_gib"}
+EXECUTION_KEYS |= {"train.cache_in_memory", "train.num_workers", "train.loggers", "train.logger_project"}
+EXECUTION_KEYS |= {"train.checkpoint_minutes", "train.checkpoint_steps"}
 """Keys that cannot change a result; a stage's key does not contain them."""

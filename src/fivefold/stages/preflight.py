@@ -1,7 +1,6 @@
 """Checks before a run starts: settings that would fail in every fold, and requirements that this machine does not meet.
 
-Most checks need torch. `submit` must not load torch, because it would hold that memory for the whole run. So the
-checks run in a subprocess, which reports the error.
+Most checks need torch, which would take memory of `submit` for the whole run. So they run in a subprocess.
 """
 
 import json
@@ -30,11 +29,10 @@ def check_plan(plan: Plan, inputs: Inputs, local: bool) -> None:
     if any(step.name == "ensemble" for step in plan.steps):
         check_blend(settings, local)
     trained = [name for name in TRAINING if name in stages]
-    if not trained:
-        return
     if local and not is_url(inputs.weights or ""):
         check_weights([trained_settings(settings, name) for name in trained], inputs.weights)
-    check_in_subprocess(settings, trained, local)
+    if trained:
+        check_in_subprocess(settings, trained, local)
 
 
 def trained_settings(settings: Settings, stage: str) -> Settings:

@@ -19,7 +19,7 @@ from fivefold.data.split.fold_table import read_folds
 from fivefold.distributed.process_group import SINGLE_PROCESS
 from fivefold.execution import choose_precision
 from fivefold.stages import training_run
-from fivefold.trained_model import load_model
+from fivefold.trained_model import ImageList, SharedEvalImages, load_model
 from fivefold.training.checkpoints import Checkpoints
 from toy_data import SETTINGS as TINY
 from toy_data import run_stage, tinted_in, variables
@@ -68,7 +68,8 @@ def test_loaded_model_reproduces_its_out_of_fold_predictions_bit_for_bit(split_r
     table = read_folds(split / "folds.parquet", split / "classes.json")
     rows = table.valid_rows(0)
     assert list(table.ids_of(rows)) == list(oof.ids)
-    log_probs = fold_model.predict(open_store(split_run / "train"), table.paths_of(rows), "")
+    images = SharedEvalImages(ImageList(open_store(split_run / "train"), table.paths_of(rows)))
+    log_probs = fold_model.predict_cached(images, "")
     assert np.array_equal(log_probs, oof.log_probs)
 
 

@@ -20,15 +20,8 @@ from fivefold.data.split.fold_table import FoldTable, read_folds
 from fivefold.errors import DataError, MissingInputError, SettingsError
 from jobs.__main__ import run
 from jobs.predict import write_results
-from toy_data import LEARNS, REPOSITORY, copy_run, failure, read_rows, run_stage
+from toy_data import LEARNS_PRODUCTS, REPOSITORY, copy_run, failure, read_rows, run_stage
 
-TRAINING = [
-    *LEARNS,
-    "model.image_size=16",
-    "augment.batch_mix=none",
-    "augment.train=horizontal_flip",
-    "train.device=cpu",
-]
 HEADER = ["image_path", "predicted_class", "confidence", "true_class"]
 IMAGE = "사진/P001/main_0.png"
 
@@ -40,7 +33,7 @@ def parts_run(products, tmp_path_factory) -> Path:
     (root / "train").symlink_to(products.root)
     parts = ("data.layout=products", "split.ratios=0.6,0.2,0.2", "split.seed=2025")
     assert run_stage(root, "split", "split", *parts) == 0
-    assert run_stage(root, "train-fold", "fold-0", "FOLD=0", *TRAINING, "train.ema_decay=0", "train.epochs=4") == 0
+    assert run_stage(root, "train-fold", "fold-0", "FOLD=0", *LEARNS_PRODUCTS) == 0
     return root
 
 
@@ -66,13 +59,6 @@ def metrics(folder: Path) -> dict:
     return read_json(folder / "stage.json")["metrics"]
 
 
-def test_model_trains_on_train_validates_on_valid_and_holds_out_test(parts_run, table):
-    oof, held = (predictions.read(parts_run / "fold-0" / "model" / f"{name}.parquet") for name in ("oof", "holdout"))
-    part = dict(zip(table.ids.to_pylist(), table.part.tolist(), strict=True))
-    assert ({part[name] for name in oof.ids}, {part[name] for name in held.ids}) == ({"valid"}, {"test"})
-    assert len(oof) + len(held) + len(table.train_rows(0)) == len(table)
-
-
 def test_command_line_prints_one_result_and_stores_it_in_its_own_folder(
     parts_run, products, tmp_path, monkeypatch, capsys
 ):
@@ -86,9 +72,7 @@ def test_command_line_prints_one_result_and_stores_it_in_its_own_folder(
     printed = json.loads(capsys.readouterr().out)
     assert printed["image_path"] == row["image_path"] == str(image)
     assert printed["predicted_class"] == row["predicted_class"] == "full_shot"
-    assert printed["confidence"] == pytest.approx(float(row["confidence"]), abs=1e-6)
-    assert 0.25 < printed["confidence"] <= 1
-    assert metrics(folder)["ms_per_image"] > 0
+    assert 0.25 < printed["confidence"] == pytest.approx(float(row["confidence"]), abs=1e-6)
 
 
 def test_predicting_a_split_lists_the_errors_of_train_valid_and_test(parts_run, table, tmp_path):
@@ -107,10 +91,11 @@ def test_predicting_a_split_lists_the_errors_of_train_valid_and_test(parts_run, 
         scores = metrics(tmp_path)[part]
         assert scores["n"] == len(rows)
         assert scores["accuracy"] == pytest.approx(1 - len(expected) / len(rows), abs=1e-6)
-    # Compare with the rows that the training stage predicted with the same views.
-    oof = predictions.read(parts_run / "fold-0" / "model" / "oof.parquet")
     confidence = {row["image_path"]: float(row["confidence"]) for row in results}
-    np.testing.assert_allclose([confidence[name] for name in oof.ids], np.exp(oof.log_probs.max(axis=1)), atol=1e-5)
+    for name, part in (("oof", "valid"), ("holdout", "test")):  # predicted by the training stage, with the same views
+        stored = predictions.read(parts_run / "fold-0" / "model" / f"{name}.parquet")
+        assert sorted(stored.ids) == sorted(np.array(table.paths.to_pylist())[table.part == part])
+        np.testing.assert_allclose([confidence[n] for n in stored.ids], np.exp(stored.log_probs.max(axis=1)), atol=1e-5)
     run_predict(parts_run, tmp_path / "again")
     run_predict(parts_run, tmp_path / "again", "predict.subsets=test")
     assert len(read_rows(tmp_path / "again" / "predictions.csv")) == (table.part == "test").sum()
@@ -182,7 +167,6 @@ def test_formula_in_a_file_name_is_escaped_in_the_table(tmp_path):
     ]
     rows = read_rows(write_results(tmp_path / "p.csv", results, ["", ""]))
     assert [row["image_path"] for row in rows] == ["'=HYPERLINK(1).png", "-5"]
-    assert [row["confidence"] for row in rows] == ["0.500000", "1.000000"]
 
 
 def test_folders_named_after_classes_give_the_true_classes(parts_run, tmp_path):
@@ -299,14 +283,6 @@ def test_api_agrees_with_the_ensemble_stage_including_weights_and_temperature(pr
     assert np.abs(expected - get_confidences(unweighted)).max() > 1e-3
 
 
-def test_api_blends_like_the_ensemble_stage(product_run, tmp_path):
-    root = copy_run(product_run, tmp_path / "run", "ensemble")
-    assert run_stage(root, "ensemble", "e", "ensemble.seed_blend=geometric", MODEL=product_run) == 0
-    stored = predictions.read(root / "e" / "output" / "predictions.parquet")
-    results = ImageClassificationAPI(root).predict([product_run / "eval" / name for name in stored.ids])
-    np.testing.assert_allclose(get_confidences(results), np.exp(stored.log_probs.max(axis=1)), atol=1e-4)
-
-
 def test_api_reads_a_student_folder_and_a_tarball(parts_run, product_run, products, tmp_path):
     path = products.root / "사진/P004/main_0.png"
     assert ImageClassificationAPI(product_run / "distill" / "model").predict([path])[0]["confidence"] > 0.25
@@ -355,7 +331,6 @@ def test_images_that_changed_since_the_split_give_error_rows(parts_run, products
 
 
 def test_disk_too_small_for_the_model_is_reported_before_training(parts_run, tiny_disk):
-    assert run_stage(parts_run, "train-fold", tiny_disk, "FOLD=0", *TRAINING, "train.epochs=1000000") == 75
-    message = failure(tiny_disk).split("\n")[0]
-    assert re.search(r"has 0\.\d MiB free, .* 4\.\d MiB: free some", message)
+    assert run_stage(parts_run, "train-fold", tiny_disk, "FOLD=0", *LEARNS_PRODUCTS, "train.epochs=1000000") == 75
+    assert re.search(r"has 0\.\d MiB free, .* 4\.\d MiB: free some", failure(tiny_disk))
     assert not list((tiny_disk / "model").iterdir())

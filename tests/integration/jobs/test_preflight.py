@@ -1,12 +1,12 @@
 """Preflight reports errors that every fold would hit before the run starts, with the exit code of the fold."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from fivefold.config.loading import arguments_layer, load
-from fivefold.config.schema import Settings
 from fivefold.errors import FivefoldError, SettingsError
 from fivefold.launchers.plan import Inputs, make_plan, select
 from fivefold.stages import preflight
@@ -16,17 +16,17 @@ from toy_data import MODEL, call_jobs, noise_in
 CPU_SETTINGS = ("train.precision=fp32", "train.loggers=[]", "train.device=cpu")
 
 
-def load_settings(*arguments: str) -> Settings:
-    return load([arguments_layer([*MODEL, *CPU_SETTINGS, *arguments])])
-
-
-def check_exit_code(*arguments: str, here: bool = False) -> int:
-    """Check these settings; return the exit code."""
+def exit_code(check: Callable[..., None], *arguments: object) -> int:
     try:
-        preflight.check_stages(load_settings(*arguments), ["train-fold", "distill"], here)
+        check(*arguments)
     except FivefoldError as error:
         return error.exit_code
     return 0
+
+
+def check_exit_code(*arguments: str, here: bool = False) -> int:
+    settings = load([arguments_layer([*MODEL, *CPU_SETTINGS, *arguments])])
+    return exit_code(preflight.check_stages, settings, ["train-fold", "distill"], here)
 
 
 @pytest.mark.parametrize(
@@ -74,15 +74,8 @@ def test_valid_settings_pass():
     assert check_exit_code() == 0
     assert check_exit_code("distill.patience=3", "split.holdout=0.2") == 0
     assert check_exit_code("distill.patience=3", "split.ratios=[0.8,0.1,0.1]") == 0
-    assert (
-        check_exit_code(
-            "model.pretrained=true",
-            "model.backbone=torchvision/resnet18",
-            "model.backbone_kwargs={}",
-            "model.image_size=64",
-        )
-        == 0
-    )
+    pretrained = ["model.pretrained=true", "model.backbone=torchvision/resnet18", "model.backbone_kwargs={}"]
+    assert check_exit_code(*pretrained, "model.image_size=64") == 0
 
 
 def test_limits_of_this_machine_are_checked_only_for_local_runs(tmp_path):
@@ -98,14 +91,13 @@ def test_limits_of_this_machine_are_checked_only_for_local_runs(tmp_path):
     assert check_exit_code(here=True) == 0
 
 
-def test_missing_submissions_and_weights_are_reported():
+def test_missing_submissions_and_weights_are_reported(tmp_path):
+    (tmp_path / "start.safetensors").touch()
+
     def plan_exit_code(*arguments: str, here: bool = True, stages: tuple[str, ...] = ("ensemble",)) -> int:
-        plan = select(make_plan(Inputs(train="t", eval="e"), [*MODEL, *arguments], run="r", recipe="demo"), stages)
-        try:
-            preflight.check_plan(plan, Inputs(train="t", eval="e"), here)
-        except FivefoldError as error:
-            return error.exit_code
-        return 0
+        inputs = Inputs(train="t", eval="e", weights=str(tmp_path))
+        plan = select(make_plan(inputs, [*MODEL, *arguments], run="r", recipe="demo"), stages)
+        return exit_code(preflight.check_plan, plan, inputs, here)
 
     blend = "ensemble.blend=weighted"
     assert plan_exit_code(blend, "ensemble.weights={demo=1}") == 0
@@ -115,11 +107,7 @@ def test_missing_submissions_and_weights_are_reported():
     assert plan_exit_code("ensemble.submissions=none.csv") == 66
     assert plan_exit_code("ensemble.submissions=none.csv", here=False) == 0
     assert plan_exit_code("model.weights=none.safetensors", stages=("train-fold",)) == 66
-
-
-def test_weights_are_searched_in_the_channel_of_the_run(tmp_path):
-    (tmp_path / "start.safetensors").touch()
-    preflight.check_weights([load_settings("model.weights=start.safetensors")], str(tmp_path))
+    assert plan_exit_code("model.weights=start.safetensors", stages=("train-fold",)) == 0
 
 
 def test_submit_exits_before_it_writes_anything(tmp_path: Path):

@@ -49,19 +49,15 @@ def test_settings_come_from_the_source_with_the_highest_precedence(recipe_file: 
 
 def test_recipe_names_the_system_unless_the_system_is_set(recipe_file: Path):
     settings = load([Layer("hyperparameters", {"recipe": str(recipe_file)})])
-    assert (settings.train.epochs, settings.train.lr, settings.system) == (11, 1.0, "mine")
-    assert load_args(f"recipe={recipe_file}", "system=big").system == "big"
+    assert (settings.train.lr, settings.system) == (1.0, "mine")
+    assert load_args(f"--CONFIG={recipe_file}", "system=big").system == "big"
     assert load_args().system == "default"
 
 
 @pytest.mark.parametrize("name", ["train.epochs", "TRAIN__EPOCHS", " train.epochs ", "--train.epochs"])
 def test_keys_are_normalized_and_the_last_argument_wins(name: str):
-    assert normalize_key(name) == "train.epochs"
     assert load_args("Train.Epochs=1", f"{name}=3").train.epochs == 3
-
-
-def test_config_is_an_alias_of_recipe(recipe_file: Path):
-    assert load_args("recipe=demo", f"--CONFIG={recipe_file}") == load_args(f"recipe={recipe_file}")
+    assert normalize_key("--CONFIG") == "recipe"
 
 
 @pytest.mark.parametrize(
@@ -69,10 +65,7 @@ def test_config_is_an_alias_of_recipe(recipe_file: Path):
     [
         ("model.weights=a=b", "model.weights", "a=b"),
         ("data.table=", "data.table", ""),
-        ('model.head={ name = "mlp", dropout = 0.3 }', "model.head", {"name": "mlp", "dropout": 0.3}),
-        ("model.backbone_kwargs.depth=3", "model.backbone_kwargs", {"depth": 3}),
         ("model.backbone_kwargs.act.name=gelu", "model.backbone_kwargs", {"act": {"name": "gelu"}}),
-        ('model.backbone_kwargs={"depth": 3}', "model.backbone_kwargs", {"depth": 3}),
         ("distill.train.epochs=3", "distill.train", {"epochs": 3}),
         ("DISTILL__MODEL__BACKBONE=5", "distill.model", {"backbone": "5"}),
         ("distill.model.backbone_kwargs.depth=3", "distill.model", {"backbone_kwargs": {"depth": 3}}),
@@ -128,16 +121,10 @@ def test_environment_layer_ignores_other_and_empty_variables():
     assert environment_layer(environ).values == {"fold": "2", "train.epochs": "3", "distill.train.epochs": "4"}
 
 
-@pytest.mark.parametrize(
-    ("environ", "fold"),
-    [
-        ({"JOB_COMPLETION_INDEX": "3"}, 3),
-        ({"JOB_COMPLETION_INDEX": "3", "FOLD": "03"}, 3),
-        ({"JOB_COMPLETION_INDEX": ""}, None),
-    ],
-)
-def test_job_completion_index_sets_the_fold(environ: dict[str, str], fold: int | None):
-    assert load([environment_layer(environ), job_index_layer(environ)]).fold == fold
+@pytest.mark.parametrize(("index", "variables", "fold"), [("3", {}, 3), ("3", {"FOLD": "03"}, 3), ("", {}, None)])
+def test_job_completion_index_sets_the_fold(index: str, variables: dict[str, str], fold: int | None):
+    layers = [environment_layer(variables), job_index_layer({"JOB_COMPLETION_INDEX": index})]
+    assert load(layers).fold == fold
 
 
 def test_unused_keys_returns_the_keys_that_a_stage_does_not_read():
@@ -164,7 +151,6 @@ def test_recipe_as_json_with_a_byte_order_mark_equals_its_toml(tmp_path: Path):
         ("r.json", "[1]", SettingsError, "is not a table of sections"),
         ("r.toml", "train = 3", SettingsError, "r.toml: train=3: a table of keys is needed"),
         ("r.toml", "[train]\nepoch = 3", SettingsError, "unknown key 'train.epoch'; did you mean 'train.epochs'?"),
-        ("r.toml", "[split]\nratios = [1, 'x', 0]", SettingsError, "split.ratios='x': a list of numbers is needed"),
         ("r.toml", "[augment]\ntrain = [3]", SettingsError, "augment.train=3: a list of tables or texts is needed"),
         ("r.toml", 'recipe = "demo"', SettingsError, "names another recipe"),
     ],
@@ -197,34 +183,29 @@ def test_hashed_settings_contain_views_only_if_they_are_set() -> None:
 def variant_recipe(tmp_path: Path) -> Path:
     path = tmp_path / "varied.toml"
     path.write_text(
-        '[model]\nimage_size = 384\nimage_stats = ["color_mean"]\nbackbone_kwargs = { depth = 3 }\n[train]\nepochs = 30\nlr = 1\n'
-        "[distill.train]\nepochs = 50\nmax_grad_norm = 5\n"
-        "[variants.plain.model]\nimage_stats = []\n"
-        "[variants.smoke.model]\nimage_size = 32\nbackbone_kwargs = { width = 8 }\n[variants.smoke.train]\nepochs = 1\n"
+        '[model]\nimage_stats = ["color_mean"]\nbackbone_kwargs = { depth = 3 }\n[train]\nepochs = 30\nlr = 1\n'
+        "[distill.train]\nepochs = 50\nmax_grad_norm = 5\n[variants.plain.model]\nimage_stats = []\n"
+        "[variants.smoke.model]\nbackbone_kwargs = { width = 8 }\n[variants.smoke.train]\nepochs = 1\n"
         "[variants.smoke.distill.train]\nepochs = 2\n"
     )
     return path
 
 
 @pytest.mark.parametrize(
-    ("variants", "system", "epochs", "image_size", "backbone_kwargs", "student"),
+    ("variants", "expected"),
     [
-        ("", "varied", 30, 384, {"depth": 3}, {"epochs": 50, "max_grad_norm": 5}),
-        (":smoke", "varied", 1, 32, {"width": 8}, {"epochs": 2, "max_grad_norm": 5}),
-        (":plain,smoke", "varied_plain", 1, 32, {"width": 8}, {"epochs": 2, "max_grad_norm": 5}),
+        ("", ("varied", 30, ["color_mean"], {"depth": 3}, {"epochs": 50, "max_grad_norm": 5})),
+        (":smoke", ("varied", 1, ["color_mean"], {"width": 8}, {"epochs": 2, "max_grad_norm": 5})),
+        (":plain,smoke", ("varied_plain", 1, [], {"width": 8}, {"epochs": 2, "max_grad_norm": 5})),
     ],
 )
 def test_variants_override_the_recipe_and_all_but_smoke_extend_the_system_name(
-    variant_recipe: Path, variants: str, system: str, epochs: int, image_size: int, backbone_kwargs: Any, student: Any
+    variant_recipe: Path, variants: str, expected: tuple[Any, ...]
 ):
     settings = load_args(f"recipe={variant_recipe}{variants}", "train.lr=2")
-    assert (settings.system, settings.train.epochs, settings.train.lr) == (system, epochs, 2)
-    assert (settings.model.image_size, settings.model.backbone_kwargs, settings.distill.train) == (
-        image_size,
-        backbone_kwargs,
-        student,
-    )
-    assert settings.model.image_stats == ([] if "plain" in variants else ["color_mean"])
+    model, train = settings.model, settings.train
+    actual = (settings.system, train.epochs, model.image_stats, model.backbone_kwargs, settings.distill.train)
+    assert (actual, train.lr) == (expected, 2)
 
 
 @pytest.mark.parametrize(
@@ -249,19 +230,14 @@ SPEC = str | dict[str, Any]
     [
         (int, " 3 ", 3),
         (int, "3.0", 3),
-        (int, "007", 7),
-        (int, "1_000", 1000),
         (float, "5e-5", 5e-5),
-        (bool, "True", True),
         (bool, "No", False),
-        (str, "5", "5"),
         (str, '"demo"', "demo"),
         (str, '"a" and "b"', '"a" and "b"'),
         (str, 5, "5"),
         (Any, '"3"', "3"),
         (int | None, "none", None),
         (list[str], "plain, flip", ["plain", "flip"]),
-        (list[str], '["plain", "flip"]', ["plain", "flip"]),
         (list[str], "['plain', 'flip']", ["plain", "flip"]),
         (list[str], "[plain,flip]", ["plain", "flip"]),
         (list[str], '"plain","flip"', ["plain", "flip"]),
@@ -269,10 +245,9 @@ SPEC = str | dict[str, Any]
         (list[float], "[.8,.1,.1]", [0.8, 0.1, 0.1]),
         (int | list[int], "224,192", [224, 192]),
         (list[SPEC], '["flip", {"name": "rotation", "degrees": 15}]', ["flip", {"name": "rotation", "degrees": 15}]),
-        (list[SPEC], '["flip", { name = "rotation", degrees = 15 }]', ["flip", {"name": "rotation", "degrees": 15}]),
         (list[SPEC], '{ name = "rotation", degrees = 15 }', [{"name": "rotation", "degrees": 15}]),
         (dict[str, Any], "{ depth = 3 }", {"depth": 3}),
-        (Any, "3", 3),
+        (Any, "True", True),
     ],
 )
 def test_parse_value_converts_text_to_the_type(kind: Any, value: Any, expected: Any):
@@ -285,7 +260,6 @@ def test_parse_value_converts_text_to_the_type(kind: Any, value: Any, expected: 
     ("kind", "value", "type_name"),
     [
         (int, "3.5", "a whole number"),
-        (int, True, "a whole number"),
         (float, "0,001", "a number"),
         (float, "nan", "a number"),
         (bool, "2", "true or false"),

@@ -19,7 +19,6 @@ def test_every_key_has_a_description():
     ("section", "values", "message"),
     [
         (Split, {"ratios": [0.8, 0.1, 0.2]}, "sum to 1"),
-        (Split, {"ratios": [1.2, -0.1, -0.1]}, "three"),
         (Data, {"class_aliases": [["a", "b"], ["b", "c"]]}, "class_aliases"),
         (Data, {"class_aliases": [["a"]]}, "class_aliases"),
         (Data, {"age_bins": [60, 30]}, "ascending"),
@@ -34,7 +33,6 @@ def test_every_key_has_a_description():
         (Model, {"mean": [0.5]}, "three numbers"),
         (Model, {"std": [0.2, 0.0, 0.2]}, "std is positive"),
         (Model, {"image_stats": ["aspect", "aspect"]}, "names a feature twice"),
-        (Ensemble, {"row_number_column": "ID"}, "label_column"),
         (Ensemble, {"row_number_column": "ID", "label_column": "ID"}, "label_column"),
     ],
 )
@@ -44,13 +42,9 @@ def test_sections_refuse_values_that_cannot_work(section: type, values: dict[str
 
 
 def test_student_settings_differ_only_in_the_keys_of_distill():
-    settings = Settings.model_validate(
-        {"train": {"lr": 0.01}, "distill": {"train": {"epochs": 3}, "model": {"dropout": 0.5}}}
-    )
-    student = settings.student()
-    before, after = flatten(settings), flatten(student)
-    assert {key for key in before if before[key] != after[key]} == {"train.epochs", "model.dropout"}
-    assert (student.train.epochs, student.train.lr, student.model.dropout) == (3, 0.01, 0.5)
+    tree = {"train": {"lr": 0.01}, "distill": {"train": {"epochs": 3}, "model": {"dropout": 0.5}}}
+    settings = Settings.model_validate(tree)
+    assert flatten(settings.student()) == flatten(settings) | {"train.epochs": 3, "model.dropout": 0.5}
 
 
 def test_stages_name_existing_sections_keys_and_channels():
@@ -66,9 +60,5 @@ def test_hashed_settings_leave_out_keys_that_cannot_change_the_result():
     keys = hashed_settings(Settings(), STAGES["train-fold"].sections)
     assert not EXECUTION_KEYS & set(keys)
     assert {"fold", "seed", "train.epochs", "model.backbone"} <= set(keys)
-    assert not [key for key in keys if key.startswith(("split.", "distill."))]
-    assert {key for key in keys if key.startswith("data.")} == {
-        "data.resize_shorter_side",
-        "data.jpeg_draft",
-        "data.max_megapixels",
-    }
+    data = {"data.resize_shorter_side", "data.jpeg_draft", "data.max_megapixels"}
+    assert {key for key in keys if key.startswith(("split.", "distill.", "data."))} == data
