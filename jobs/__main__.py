@@ -51,7 +51,6 @@ REFERENCE_STAGES = ("train", "inference", "evaluation")
 COMMANDS = {
     "submit": (".submit", "run a recipe's stages in order on a platform"),
     "status": (".status", "show the state of each step of a run"),
-    "trace": (".trace", "show the origin of an artifact, back to the images; --check recomputes every digest"),
     "serve": (".serve", "serve a trained model over HTTP, compatible with SageMaker's hosting"),
     "demo": (".demo", "run the whole pipeline on scikit-learn's scanned digits"),
 }

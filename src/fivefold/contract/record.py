@@ -19,9 +19,9 @@ from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 import fivefold
 from fivefold.contract.artifacts import COMPARED_FILES, changed_outputs, channel_digest
@@ -179,16 +179,12 @@ def record_path(folder: Path, stage: str) -> Path:
 
 
 class _RecordSchema(BaseModel):
-    """The fields of a record that later stages and `trace` read."""
+    """The fields of a record that decide whether its stage runs again."""
 
     model_config = ConfigDict(strict=True)
-    key: str
-    sources: dict[str, Annotated[list[str], Field(min_length=2, max_length=2)]]
-    roots: dict[str, str]
     inputs: dict[str, str]
     outputs: dict[str, str]
     settings: dict[str, Any]
-    metrics: dict[str, Any]
     code: str
     packages: dict[str, str]
 

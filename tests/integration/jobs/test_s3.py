@@ -146,23 +146,6 @@ def test_whole_run_in_a_bucket_survives_faults_and_repeats_only_what_changed(fil
         assert run_step(filled_bucket, step, *settings) == 0
         assert f" runs: {reason}" in capsys.readouterr().err
     assert read_digests(filled_bucket, "fold-0") != read_digests(filled_bucket, "fold-0", "other")
-    assert_trace_works(filled_bucket, capsys)
-
-
-def assert_trace_works(bucket: Bucket, capsys) -> None:
-    """Check that `trace` follows the records in the bucket from a result to the images and reports a changed image."""
-    url = f"s3://{bucket.name}"
-    assert main(["trace", f"{url}/run/distill/model/model.safetensors"]) == 0
-    output = capsys.readouterr().out
-    assert output.startswith(f"distill: {url}/run/distill/model")
-    assert f"model <- train-fold: {url}/run/fold-1/model" in output
-    assert f"train: {url}/data/train" in output
-    assert main(["trace", f"{url}/run/ensemble", "--check"]) == 0
-    assert ": 4 records" in capsys.readouterr().out
-    bucket.write("data/train/a/3.png", bucket.read("data/train/a/4.png"))
-    assert main(["trace", f"{url}/run/ensemble", "--check"]) == 65
-    assert "its channel 'train'" in capsys.readouterr().err
-    assert main(["trace", f"{url}/no/where"]) == 66
 
 
 def test_system_folders_of_a_bucket_are_ignored_and_counted(filled_bucket, images, capsys):

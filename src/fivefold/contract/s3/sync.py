@@ -98,15 +98,15 @@ class S3Sync:
         """Return the names of the files below a URL; the empty name for a single object. Errors as for `channel`."""
         return [stored.name for stored in self._list_visible(url)]
 
-    def fetch(self, path: Path, only: tuple[str, ...] = ("",)) -> None:
-        """Download the files of a channel, except existing ones; `only` those whose names end in one of these.
+    def fetch(self, path: Path) -> None:
+        """Download the files of a channel, except existing ones.
 
         Processes that share `scratch` download one after another, and skip files that another one has downloaded.
         """
         if path in self.pending:
             with folder_lock(self.scratch):
-                selected = [stored for stored in self.pending.pop(path) if stored.name.endswith(only)]
-                missing = [stored for stored in selected if not (path / stored.name if stored.name else path).exists()]
+                stored = self.pending.pop(path)
+                missing = [item for item in stored if not (path / item.name if item.name else path).exists()]
                 self._download(missing, path, str(self.channels[path]))
 
     def source(self, path: Path) -> str | None:
