@@ -161,7 +161,7 @@ def test_new_attempt_removes_the_one_it_replaces_and_stale_incomplete_ones(bucke
     def run_stage(content: bytes) -> None:
         remote = S3Sync(tmp_path / content.decode())
         folder = remote.output(url)
-        remote.invalidate_previous("split")
+        remote.delete_previous("split")
         (folder / "folds.parquet").write_bytes(content)
         (folder / "stage.json").write_text('{"stage": "split"}')
         remote.publish("split", folder / "stage.json", [folder / "folds.parquet"])
@@ -185,7 +185,7 @@ def test_stage_uploads_only_the_files_it_wrote(bucket, url, tmp_path):
     remote = S3Sync(tmp_path)
     outer, inner = remote.output(url), remote.output(url / "inner")
     assert {path.name for path in outer.iterdir()} == {"p.csv", "q.csv", "stage.json", "inner"}
-    remote.invalidate_previous("evaluate")
+    remote.delete_previous("evaluate")
     (outer / "q.csv").write_bytes(b"changed")
     (outer / "report.html").write_bytes(b"r")
     (inner / "plot.png").write_bytes(b"i")

@@ -9,14 +9,10 @@ writers (a retried pod and the dying one) never mix. Attempts are invisible to r
 import json
 import logging
 import re
-import secrets
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fivefold.contract.files import join_below
 from fivefold.contract.s3.urls import Url, has_long_name
 from fivefold.contract.stage_specs import CLASSES, ENSEMBLE, FOLDS, HOLDOUT, MODEL, OOF, PREDICTIONS, RECORD, WEIGHTS
 from fivefold.errors import DataError, RetryableError
@@ -59,11 +55,6 @@ class VisibleFile:
     digest: str | None = None
 
 
-def new_commit_name(stage: str) -> str:
-    """Return a unique name for an attempt."""
-    return f"{COMMIT_PREFIX}{stage}-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
-
-
 def group_by_commit(url: Url, objects: Iterable["S3Object"]) -> tuple[dict[str, "S3Object"], list[Commit]]:
     """Divide the objects below a URL into those outside attempts, by name, and the attempts, complete or not. Ignore hidden ones."""
     plain: dict[str, S3Object] = {}
@@ -100,11 +91,10 @@ def list_visible(store: "S3Client", url: Url, objects: Iterable["S3Object"]) -> 
     if empty := [name for name in marked if not any(f"{folder}/".startswith(name) for folder in folders)]:
         log.warning("%s: folders without any object: %s", url, ", ".join(sorted(empty)[:5]))
     plain, attempts = group_by_commit(url, objects)
-    files = {name: VisibleFile(name, object_) for name, object_ in plain.items()}
     finished = {item.url.parent for item in attempts if item.marker}
-    if ignored := sorted(n for n in files if (url / n).parent in finished and (url / n).name in STAGE_FILES):
+    if ignored := sorted(n for n in plain if (url / n).parent in finished and (url / n).name in STAGE_FILES):
         log.warning("%s: ignored files that are not from the finished stage there: %s", url, ", ".join(ignored))
-    files = {name: stored for name, stored in files.items() if name not in ignored}
+    files = {name: VisibleFile(name, item) for name, item in plain.items() if name not in ignored}
     for folder in sorted(finished):
         prefix = f"{folder.relative_to(url)}/" if folder != url else ""
         complete = sorted((item for item in attempts if item.marker and item.url.parent == folder), key=_time_order)
@@ -150,8 +140,7 @@ def _files(store: "S3Client", attempt: Commit) -> list[VisibleFile]:
 def _check_names(files: Mapping[str, VisibleFile], url: Url) -> None:
     folders = {name[:index] for name in files for index, letter in enumerate(name) if letter == "/"}
     for name in files:
-        join_below(Path("/folder"), name)
-        if {"", "."} & set(name.split("/")) or "\0" in name or name in folders or has_long_name(name):
+        if {"", ".", ".."} & set(name.split("/")) or "\0" in name or name in folders or has_long_name(name):
             raise DataError(
-                f"{str(url / name)[:1000]} cannot be a file: a part of it is empty or too long, or also a folder; rename it"
+                f"{str(url / name)[:1000]} cannot be a file: a part of it is empty, '..' or too long, or also a folder; rename it"
             )
