@@ -19,7 +19,7 @@ def track(items: Iterable[T], total: int, label: str, every: float = LOG_INTERVA
 
     A log gets a line `every` so many seconds. StoppedError is raised before an item is taken.
     """
-    if log.isEnabledFor(logging.INFO) and sys.stderr.isatty():
+    if log.level <= logging.INFO and sys.stderr.isatty():  # ranks above 0 log warnings only
         from tqdm import tqdm
 
         # A container's pseudo-terminal may report a width of 0, and tqdm would show no bar.

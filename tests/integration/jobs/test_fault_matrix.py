@@ -105,10 +105,7 @@ def write_inputs(root: Path, classes: tuple[str, str], seed: int) -> None:
     noise_in(root, (*(f"train/{name}" for name in classes), "eval/images", "images"), 8, seed)
     ids, labels = [f"{seed}{n}" for n in range(8)], [classes[n % 2] for n in range(8)]
     rows = {
-        "train/train.csv": [
-            ["image_path", "target"],
-            *([f"{name}/{n}.png", name] for name in classes for n in range(8)),
-        ],
+        "train/train.csv": [["image_path", "target"], *([f"{name}/{n}.png", name] for name in classes for n in range(8))],
         "eval/test.csv": [["ID", "img_path"], *([id_, f"images/{n}.png"] for n, id_ in enumerate(ids))],
         "eval/sample_submission.csv": [["ID", *classes], *([id_, 0, 0] for id_ in ids)],
         "submissions/output_other.csv": [["ID", *classes], *([id_, 0.4, 0.6] for id_ in ids)],
@@ -125,17 +122,14 @@ def make_run(root: Path, classes: tuple[str, str], seed: int) -> Path:
     write_inputs(root, classes, seed)
     assert run_case(root, "split", root / "folds") == 0
     assert run("prepare", [], make_variables(root, root / "cache", ("TRAIN", "FOLDS"))) == 0
-    next((root / "cache").glob("*/cache.json")).parent.rename(
-        root / "cache" / "images"
-    )  # the original name depends on the content
+    cache = next((root / "cache").glob("*/cache.json")).parent
+    cache.rename(root / "cache" / "images")  # the original name depends on the content
     for fold in range(2):
         folder = root / "model" / f"fold-{fold}"
         assert run("train-fold", [f"FOLD={fold}", *SETTINGS], make_variables(root, folder, ("TRAIN", "FOLDS"))) == 0
     assert run("ensemble", [], make_variables(root, root / "predictions", ("EVAL", "MODEL", "FOLDS"))) == 0
     state = load_file(root / "model" / "fold-0" / "model.safetensors")
-    backbone = {
-        name.removeprefix("backbone."): tensor for name, tensor in state.items() if name.startswith("backbone.")
-    }
+    backbone = {n.removeprefix("backbone."): tensor for n, tensor in state.items() if n.startswith("backbone.")}
     (root / "weights").mkdir()
     save_file(backbone, root / "weights" / "start.safetensors")
     return root
