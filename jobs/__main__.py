@@ -22,7 +22,7 @@ from pathlib import Path
 from fivefold.config import loading as settings_
 from fivefold.config.recipes import shipped_recipes
 from fivefold.config.schema import Settings
-from fivefold.contract.failure import report_failure, report_termination, to_known_error
+from fivefold.contract.failure import report_failure, to_known_error
 from fivefold.contract.job import StageContext, channels_from_env, context_from_env, output_data, output_dir
 from fivefold.contract.record import CacheKey, compute_key, output_roots, record_path, rerun_reason, write_record
 from fivefold.contract.run_layout import env_for_run, run_path
@@ -206,7 +206,6 @@ def fail(error: BaseException, environ: Mapping[str, str]) -> int:
         log.warning("%s", error)
         return error.exit_code
     report_failure(output_dir(environ), error)
-    report_termination(error)
     if isinstance(error, FivefoldError):
         log.error("%s", error)
         return error.exit_code

@@ -81,9 +81,8 @@ class ModelDir:
 
     @property
     def name(self) -> str:
-        if self.info["role"] == "student":
-            return f"student of {self.info['system']}, seed {self.info['seed']}"
-        return f"fold {self.info['fold']} of {self.info['system']}, seed {self.info['seed']}"
+        kind = "student" if self.info["role"] == "student" else f"fold {self.info['fold']}"
+        return f"{kind} of {self.info['system']}, seed {self.info['seed']}"
 
 
 def search_roots(folder: Path, scratch: Path) -> dict[Path, Path]:

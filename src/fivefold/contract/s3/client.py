@@ -116,9 +116,6 @@ class Upload:
     def start(self, manager: TransferManager) -> TransferFuture:
         return manager.upload(str(self.path), self.url.bucket, self.url.key, extra_args=CHECKSUM)
 
-    def check(self) -> None:
-        """Do nothing: the service has verified the bytes."""
-
 
 class S3Client:
     """The operations on objects that stages need. All errors are FivefoldErrors with the URL."""
@@ -161,7 +158,8 @@ class S3Client:
                 future.result()
             except Exception as error:
                 raise to_store_error(error, transfer.url) from error
-            transfer.check()
+            if isinstance(transfer, Download):  # the service checks uploads
+                transfer.check()
             del remaining[transfer]
 
         def move() -> None:

@@ -114,14 +114,12 @@ def commit_record(record: Mapping[str, Any], files: Mapping[str, str]) -> bytes:
 
 
 def _time_order(attempt: Commit) -> tuple[float, Url]:
-    assert attempt.marker
     return attempt.marker.modified, attempt.url
 
 
 def _files(store: "S3Client", attempt: Commit) -> list[VisibleFile]:
     """Return the files that the marker of a complete attempt lists, and the record."""
     marker_object = attempt.marker
-    assert marker_object
     try:
         files = dict(json.loads(store.read(marker_object.url))["files"])
     except (ValueError, KeyError, TypeError) as error:
