@@ -184,12 +184,10 @@ def stage_name(arguments: Sequence[str], environ: Mapping[str, str]) -> tuple[st
     name = first
     if first in (None, "train"):
         layers = settings_.collect_layers([argument for argument in rest if "=" in argument], environ)
-        chosen = next((layer.values["stage"] for layer in layers if layer.values.get("stage")), None)
-        name = (
-            settings_.parse_value(str, chosen)
-            if chosen
-            else first and ("train-fold" if "folds" in channels_from_env(environ) else "train")
-        )
+        if chosen := next((layer.values["stage"] for layer in layers if layer.values.get("stage")), None):
+            name = settings_.parse_value(str, chosen)
+        elif first and "folds" in channels_from_env(environ):
+            name = "train-fold"
     if not name:
         raise SettingsError(f"no stage: name one of {', '.join(STAGES)}, or set STAGE; see --help")
     name = name.strip().lower().replace("_", "-")

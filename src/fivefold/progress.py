@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+from tqdm import tqdm
+
 from fivefold.signals import raise_if_stopped
 
 T = TypeVar("T")
@@ -20,8 +22,6 @@ def track(items: Iterable[T], total: int, label: str, every: float = LOG_INTERVA
     A log gets a line `every` so many seconds. StoppedError is raised before an item is taken.
     """
     if log.level <= logging.INFO and sys.stderr.isatty():  # ranks above 0 log warnings only
-        from tqdm import tqdm
-
         # A container's pseudo-terminal may report a width of 0, and tqdm would show no bar.
         yield from tqdm(interruptible(items), label, total, leave=False, ncols=80)
         return
@@ -44,11 +44,5 @@ def interruptible(items: Iterable[T]) -> Iterator[T]:
 
 
 def format_duration(seconds: float) -> str:
-    """Format seconds: `4.2 s`, `3 min 20 s`, `2 h 5 min`."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if not minutes:
-        return f"{rest} s"
-    hours, minutes_left = divmod(minutes, 60)
-    return f"{hours} h {minutes_left} min" if hours else f"{minutes} min {rest} s"
+    """Format seconds: `03:20`, `2:05:00`."""
+    return tqdm.format_interval(seconds)

@@ -12,7 +12,7 @@ def test_log_gets_a_line_at_intervals(caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.INFO, logger="fivefold"):
         assert list(track("abcd", 4, "reading", every=0)) == list("abcd")
     lines = [record.getMessage() for record in caplog.records]
-    assert lines == [f"reading: {n} of 4, 0.0 s left" for n in (1, 2, 3)]
+    assert lines == [f"reading: {n} of 4, 00:00 left" for n in (1, 2, 3)]
 
 
 def test_terminal_of_unknown_width_gets_a_bar():

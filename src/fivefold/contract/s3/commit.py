@@ -95,15 +95,15 @@ def list_visible(store: "S3Client", url: Url, objects: Iterable["S3Object"]) -> 
     if ignored := sorted(n for n in plain if (url / n).parent in finished and (url / n).name in STAGE_FILES):
         log.warning("%s: ignored files that are not from the finished stage there: %s", url, ", ".join(ignored))
     files = {name: VisibleFile(name, item) for name, item in plain.items() if name not in ignored}
-    for folder in sorted(finished):
-        prefix = f"{folder.relative_to(url)}/" if folder != url else ""
-        complete = sorted((item for item in attempts if item.marker and item.url.parent == folder), key=_time_order)
-        newest = {item.stage: item for item in complete}
-        for index, attempt in enumerate(sorted(newest.values(), key=_time_order)):
-            for stored in _files(store, attempt):
-                # as in a folder with several stages: the record of the first is stage.json
-                name = f"{attempt.stage}.{RECORD}" if stored.name == RECORD and index else stored.name
-                files[prefix + name] = VisibleFile(prefix + name, stored.object, stored.digest)
+    complete = sorted((item for item in attempts if item.marker), key=_time_order)
+    newest = {(item.url.parent, item.stage): item for item in complete}
+    for attempt in sorted(newest.values(), key=_time_order):
+        prefix = f"{attempt.url.parent.relative_to(url)}/" if attempt.url.parent != url else ""
+        for stored in _files(store, attempt):
+            name = prefix + stored.name
+            if stored.name == RECORD and name in files:  # as in a folder with several stages
+                name = f"{prefix}{attempt.stage}.{RECORD}"
+            files[name] = VisibleFile(name, stored.object, stored.digest)
     _check_names(files, url)
     return [files[name] for name in sorted(files)]
 
