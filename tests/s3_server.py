@@ -137,7 +137,7 @@ class Proxy:
                 with suppress(OSError):
                     self.close_connection = not proxy._answer(self)
 
-            do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = answer
+            do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = answer  # noqa: N815
 
             def log_message(self, *_: object) -> None:
                 pass

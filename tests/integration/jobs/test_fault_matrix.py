@@ -105,7 +105,10 @@ def write_inputs(root: Path, classes: tuple[str, str], seed: int) -> None:
     noise_in(root, (*(f"train/{name}" for name in classes), "eval/images", "images"), 8, seed)
     ids, labels = [f"{seed}{n}" for n in range(8)], [classes[n % 2] for n in range(8)]
     rows = {
-        "train/train.csv": [["image_path", "target"], *([f"{name}/{n}.png", name] for name in classes for n in range(8))],
+        "train/train.csv": [
+            ["image_path", "target"],
+            *([f"{name}/{n}.png", name] for name in classes for n in range(8)),
+        ],
         "eval/test.csv": [["ID", "img_path"], *([id_, f"images/{n}.png"] for n, id_ in enumerate(ids))],
         "eval/sample_submission.csv": [["ID", *classes], *([id_, 0, 0] for id_ in ids)],
         "submissions/output_other.csv": [["ID", *classes], *([id_, 0.4, 0.6] for id_ in ids)],

@@ -67,7 +67,12 @@ def assert_result_is_identical(bucket: Bucket, uninterrupted_run: Path) -> None:
 
 def test_stage_stopped_on_several_machines_ends_in_the_same_bytes(filled_bucket, uninterrupted_run, tmp_path):
     """After a SIGTERM no step runs twice; a damaged checkpoint falls back to the one before."""
-    interruptions = ("SIGTERM", "step", 5), ("SIGKILL", "checkpoint", 4), ("SIGTERM", "views", 1), ("SIGKILL", "record", 1)
+    interruptions = (
+        ("SIGTERM", "step", 5),
+        ("SIGKILL", "checkpoint", 4),
+        ("SIGTERM", "views", 1),
+        ("SIGKILL", "record", 1),
+    )
     newest = ""
     for number, (name, point, call) in enumerate(interruptions):
         folder = tmp_path / str(number)
