@@ -4,17 +4,17 @@ import base64
 import hashlib
 import os
 import random
+import re
 import socket
+import socketserver
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
-from http.client import HTTPConnection
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import boto3
 
@@ -28,7 +28,7 @@ CREDENTIALS = {
     "AWS_EC2_METADATA_DISABLED": "true",
 }
 SECONDS_TO_START = 60.0
-ERROR_CODES = {"503": "ServiceUnavailable", "403": "AccessDenied", "400": "BadDigest"}
+ERROR_CODES = {"503": b"ServiceUnavailable", "403": b"AccessDenied", "400": b"BadDigest"}
 DELAY_SECONDS = {"slow": 1.0, "silent": 60.0}
 
 
@@ -130,71 +130,91 @@ class Proxy:
         """Start the proxy and yield its endpoint."""
         proxy = self
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def answer(self) -> None:
+        class Handler(socketserver.BaseRequestHandler):
+            def handle(self) -> None:
                 with suppress(OSError):
-                    self.close_connection = not proxy._answer(self)
+                    proxy._serve(self.request)
 
-            do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = answer  # noqa: N815
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        class Server(ThreadingHTTPServer):
+        class Server(socketserver.ThreadingTCPServer):
+            daemon_threads = True
+            allow_reuse_address = True
             request_queue_size = 128
 
         with Server(("127.0.0.1", 0), Handler) as server:
             threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-            yield f"http://127.0.0.1:{server.server_port}"
+            yield f"http://127.0.0.1:{server.server_address[1]}"
             server.shutdown()
 
-    def _answer(self, client: BaseHTTPRequestHandler) -> bool:
+    def _serve(self, client: socket.socket) -> None:
+        """Handle the requests of one connection in order; each uses a new connection to the server."""
+        while True:
+            head, body = _read_message(client)
+            if not head:
+                return
+            method, path = head.split(b" ", 2)[:2]
+            request = Request(method.decode(), path.decode())
+            self.requests.append(request)
+            fault = self.fault(request)
+            if fault:
+                self.faults.append(fault)
+            if not self._answer(client, head, body, fault):
+                return
+
+    def _answer(self, client: socket.socket, head: bytes, body: bytes, fault: str | None) -> bool:
         """Respond to one request; return whether the connection stays open."""
-        body = client.rfile.read(int(client.headers.get("Content-Length", 0)))
-        request = Request(client.command, client.path)
-        self.requests.append(request)
-        if fault := self.fault(request):
-            self.faults.append(fault)
         if fault == "drop":
             return False
-        time.sleep(DELAY_SECONDS.get(fault, 0))
+        if fault in DELAY_SECONDS:
+            time.sleep(DELAY_SECONDS[fault])
+        checksum = re.search(rb"(?i)\r\nx-amz-checksum-sha256: *([^\r]+)", head)
         if fault == "garbled":
             body = _flip_bit(body)
-            checksum = client.headers.get("x-amz-checksum-sha256")
-            if checksum and base64.b64decode(checksum) != hashlib.sha256(body).digest():
+            if checksum and base64.b64decode(checksum[1]) != hashlib.sha256(body).digest():
                 fault = "400"  # moto accepts the body, S3 does not
         if fault in ERROR_CODES:
-            error = f"<Error><Code>{ERROR_CODES[fault]}</Code><Message>a fault</Message></Error>".encode()
-            client.send_response_only(int(fault))
-            client.send_header("Content-Length", str(len(error)))
-            client.end_headers()
-            client.wfile.write(error)
+            error = b"<Error><Code>%s</Code><Message>a fault</Message></Error>" % ERROR_CODES[fault]
+            client.sendall(b"HTTP/1.1 %s Fault\r\nContent-Length: %d\r\n\r\n" % (fault.encode(), len(error)) + error)
             return True
-        with closing(HTTPConnection(self.endpoint.removeprefix("http://"))) as server:
-            headers = {name: value for name, value in client.headers.items() if name.lower() != "expect"}
-            server.request(client.command, client.path, body, headers)
-            response = server.getresponse()
-            content = response.read()
+        head_only = head.startswith(b"HEAD ")
+        host, port = self.endpoint.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as server:
+            server.sendall(re.sub(rb"(?i)\r\nexpect: [^\r]*", b"", head) + body)
+            response, content = _read_message(server, head_only=head_only)
         if fault == "lost":
             return False
-        client.send_response_only(response.status)
-        for name, value in response.getheaders():
-            if name.lower() not in ("connection", "content-length", "transfer-encoding"):
-                client.send_header(name, value)
-        client.send_header("Content-Length", response.getheader("Content-Length") or str(len(content)))
-        client.end_headers()
-        if fault == "spoilt":
-            content = _flip_bit(content)
-        client.wfile.write(content[: len(content) // 2] if fault == "truncate" else content)
-        return fault != "truncate"
+        if fault == "truncate":
+            client.sendall(response + content[: len(content) // 2])
+            return False
+        client.sendall(response + (_flip_bit(content) if fault == "spoilt" else content))
+        return True
 
 
 def _flip_bit(body: bytes) -> bytes:
     """Return the bytes with one bit flipped, in the middle."""
     middle = len(body) // 2
     return body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :] if body else body
+
+
+def _read_message(peer: socket.socket, head_only: bool = False) -> tuple[bytes, bytes]:
+    """Read head and body of the next request or response; both are empty if the peer closed the connection."""
+    received = b""
+    while b"\r\n\r\n" not in received:
+        chunk = peer.recv(65536)
+        if not chunk:
+            return b"", b""
+        received += chunk
+    head, _, body = received.partition(b"\r\n\r\n")
+    head += b"\r\n\r\n"
+    if re.search(rb"(?i)\r\nexpect: *100-continue", head):
+        peer.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+    length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
+    chunked = re.search(rb"(?i)\r\ntransfer-encoding: *chunked", head)
+    while not head_only and ((length and len(body) < int(length[1])) or (chunked and not body.endswith(b"0\r\n\r\n"))):
+        chunk = peer.recv(65536)
+        if not chunk:
+            break
+        body += chunk
+    return head, body
 
 
 def now_and_then(seed: int, share: float, faults: tuple[str, ...]) -> Callable[[Request], str | None]:

@@ -22,8 +22,8 @@ def track(items: Iterable[T], total: int, label: str, every: float = LOG_INTERVA
     A log gets a line `every` so many seconds. StoppedError is raised before an item is taken.
     """
     if log.level <= logging.INFO and sys.stderr.isatty():  # ranks above 0 log warnings only
-        # A container's pseudo-terminal may report a width of 0, and tqdm would show no bar.
-        yield from tqdm(interruptible(items), label, total, leave=False, ncols=80)
+        # A container's pseudo-terminal may report a size of 0, and tqdm would show no bar.
+        yield from tqdm(interruptible(items), label, total, leave=False, ncols=80, nrows=24)
         return
     start = last = time.monotonic()
     for done, item in enumerate(interruptible(items)):
