@@ -12,7 +12,8 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from importlib import import_module
@@ -21,17 +22,9 @@ from pathlib import Path
 from fivefold.config import loading as settings_
 from fivefold.config.recipes import shipped_recipes
 from fivefold.config.schema import Settings
-from fivefold.contract.failure import report_failure, report_termination, to_known_error
+from fivefold.contract.failure import report_failure, to_known_error
 from fivefold.contract.job import StageContext, channels_from_env, context_from_env, output_data, output_dir
-from fivefold.contract.record import (
-    CacheKey,
-    Stopwatch,
-    compute_key,
-    output_roots,
-    record_path,
-    rerun_reason,
-    write_record,
-)
+from fivefold.contract.record import CacheKey, compute_key, output_roots, record_path, rerun_reason, write_record
 from fivefold.contract.run_layout import env_for_run, run_path
 from fivefold.contract.s3.sync import SCRATCH, with_urls
 from fivefold.contract.stage_specs import FAILURE, STAGES, Stage
@@ -44,14 +37,9 @@ from fivefold.system import die_with_parent, limit_threads
 
 log = logging.getLogger("fivefold")
 
-RESULTS = "test_result"
-"""The folder for the results of a stage that is run by hand without an output."""
-REFERENCE_STAGES = ("train", "inference", "evaluation")
-"""Stages that exist for the command lines of the reference systems."""
 COMMANDS = {
     "submit": (".submit", "run a recipe's stages in order on a platform"),
     "status": (".status", "show the state of each step of a run"),
-    "trace": (".trace", "show the origin of an artifact, back to the images; --check recomputes every digest"),
     "serve": (".serve", "serve a trained model over HTTP, compatible with SageMaker's hosting"),
     "demo": (".demo", "run the whole pipeline on scikit-learn's scanned digits"),
 }
@@ -119,13 +107,13 @@ def extract_paths(
     if output_data(environ) is None:
         from fivefold.launchers.plan import new_run_name
 
-        environ["SM_OUTPUT_DATA_DIR"] = str(Path(RESULTS) / new_run_name())
+        environ["SM_OUTPUT_DATA_DIR"] = str(Path("test_result") / new_run_name())
     return rest, environ
 
 
 def run_stage(job: StageContext, settings: Settings) -> None:
     """Skip the stage if its record matches; otherwise run it, and write the record last."""
-    clock = Stopwatch()
+    started = time.monotonic()
     job.check_channels()
     folder = job.record_dir()
     key = compute_key(job, settings_.hashed_settings(settings, job.stage.sections))
@@ -143,14 +131,14 @@ def run_stage(job: StageContext, settings: Settings) -> None:
         return
     log.info("%s runs: %s", job.stage.name, reason)
     record_path(folder, key.stage).unlink(missing_ok=True)
-    job.remote.invalidate_previous(key.stage)
+    job.remote.delete_previous(key.stage)
     job.remove_stale_files()
     if job.stage.writes_model:
         job = with_checkpoint_folder(job, key)
     raise_if_stopped()
     outcome = import_module(job.stage.module, __package__).main(job, settings)
     raise_if_stopped()
-    write_record(folder, job, key, outcome.outputs, outcome.metrics, clock)
+    write_record(folder, job, key, outcome.outputs, outcome.metrics, started)
     job.remote.publish(key.stage, record_path(folder, key.stage), outcome.outputs)
     if job.stage.writes_model:
         if job.remote.checkpoints:
@@ -196,12 +184,10 @@ def stage_name(arguments: Sequence[str], environ: Mapping[str, str]) -> tuple[st
     name = first
     if first in (None, "train"):
         layers = settings_.collect_layers([argument for argument in rest if "=" in argument], environ)
-        chosen = next((layer.values["stage"] for layer in layers if layer.values.get("stage")), None)
-        name = (
-            settings_.parse_value(str, chosen)
-            if chosen
-            else first and ("train-fold" if "folds" in channels_from_env(environ) else "train")
-        )
+        if chosen := next((layer.values["stage"] for layer in layers if layer.values.get("stage")), None):
+            name = settings_.parse_value(str, chosen)
+        elif first and "folds" in channels_from_env(environ):
+            name = "train-fold"
     if not name:
         raise SettingsError(f"no stage: name one of {', '.join(STAGES)}, or set STAGE; see --help")
     name = name.strip().lower().replace("_", "-")
@@ -218,7 +204,6 @@ def fail(error: BaseException, environ: Mapping[str, str]) -> int:
         log.warning("%s", error)
         return error.exit_code
     report_failure(output_dir(environ), error)
-    report_termination(error)
     if isinstance(error, FivefoldError):
         log.error("%s", error)
         return error.exit_code
@@ -255,17 +240,13 @@ def rewrite_log_line(line: logging.LogRecord) -> bool:
 
 
 def overview() -> str:
-    def summaries(names: Iterable[str]) -> str:
-        return "\n".join(f"  {name:12} {STAGES[name].summary}" for name in names)
-
-    stages = summaries(name for name in STAGES if name not in REFERENCE_STAGES)
+    stages = "\n".join(f"  {name:12} {stage.summary}" for name, stage in STAGES.items())
     commands = "\n".join(f"  {name:12} {summary}" for name, (_, summary) in COMMANDS.items())
-    recipes = ", ".join(shipped_recipes())
-    keys = settings_.describe_keys(list(Settings.model_fields))
     return (
         f"{__doc__.strip()}\n\nStages:\n{stages}\n\nCommands:\n{commands}\n\n"
-        f"Commands of the reference systems:\n{summaries(REFERENCE_STAGES)}\n\nShipped recipes: {recipes}\n\n"
-        f"`python -m jobs STAGE --help` shows the channels and keys of a stage. All keys:\n{keys}"
+        f"Shipped recipes: {', '.join(shipped_recipes())}\n\n"
+        "`python -m jobs STAGE --help` shows the channels and keys of a stage. All keys:\n"
+        + settings_.describe_keys(list(Settings.model_fields))
     )
 
 

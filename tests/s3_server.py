@@ -124,8 +124,6 @@ class Proxy:
     fault: Callable[[Request], str | None] = lambda request: None
     requests: list[Request] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
-    down_until: float = 0.0
-    """Until this time (time.monotonic) every connection is closed at once, as if the server restarted."""
 
     @contextmanager
     def listening(self) -> Iterator[str]:
@@ -149,7 +147,7 @@ class Proxy:
 
     def _serve(self, client: socket.socket) -> None:
         """Handle the requests of one connection in order; each uses a new connection to the server."""
-        while time.monotonic() >= self.down_until:
+        while True:
             head, body = _read_message(client)
             if not head:
                 return

@@ -32,11 +32,8 @@ def defer_signals(at_once: bool = True, watched: bool = False) -> Iterator[None]
 
     A `watched` process also ends if it does not call `raise_if_stopped` within a minute after a signal, because it may wait
     forever for another process or in a library. Set `at_once=False` if the parent forwards its own signals: a signal to all
-    processes then arrives twice.
-
-    Without a handler, process 1 of a container gets no signal, and the platform kills it after the grace period. A signal
-    that the process was started to ignore stays ignored. Outside the main thread nothing is recorded, because Python
-    handles signals only in the main thread.
+    processes then arrives twice. Without a handler, process 1 of a container gets no signal. A signal that the process was
+    started to ignore stays ignored. Outside the main thread, where Python handles no signals, nothing is recorded.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -65,7 +62,6 @@ def defer_signals(at_once: bool = True, watched: bool = False) -> Iterator[None]
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-        _polled.set()  # end the watch thread's wait
         _received.clear()
 
 

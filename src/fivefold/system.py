@@ -14,8 +14,7 @@ PR_SET_PDEATHSIG = 1
 GLIBC_TUNABLES = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776:glibc.malloc.top_pad=268435456:glibc.malloc.hugetlb=1"
 """Value of the variable of this name: glibc keeps freed memory, and uses huge pages. The image sets it too.
 
-A training step on a CPU frees and allocates the same tensors again and again. By default glibc
-maps each large tensor again, and the kernel zeroes every page of it. This takes a quarter of a small network's step.
+By default glibc maps each large tensor again, and the kernel zeroes its pages: a quarter of a small network's step on a CPU.
 """
 TICK = 0.01
 """Resolution in seconds of Linux's CPU times."""
@@ -48,8 +47,7 @@ def cpu_limit(cgroups: Path = CGROUPS) -> float | None:
 def limit_threads(environ: MutableMapping[str, str]) -> None:
     """Set OMP_NUM_THREADS to the cores that a limit on CPU time allows, unless the user has set it.
 
-    Libraries that load later count the machine's cores. If more threads run than the limit allows, the kernel halts all of them for the
-    rest of each period.
+    Libraries that load later count the machine's cores, and the kernel halts threads beyond the limit for the rest of each period.
     """
     if cpu_limit() is not None:
         environ.setdefault("OMP_NUM_THREADS", str(count_cores()))
@@ -84,9 +82,8 @@ def free_memory() -> int:
     free = psutil.virtual_memory().available
     used = psutil.Process().memory_info().rss
     for path in CGROUP_LIMITS:
-        text = path.read_text().strip() if path.is_file() else "max"
-        if text.isdigit():
-            free = min(free, int(text) - used)
+        if (limit := _read_text(path)).isdigit():
+            free = min(free, int(limit) - used)
     return max(free, 0)
 
 

@@ -27,7 +27,7 @@ from fivefold.config.schema import Data, Settings
 from fivefold.contract.artifacts import find_models
 from fivefold.contract.failure import to_known_error
 from fivefold.contract.job import hyperparameters_from_env
-from fivefold.contract.record import CacheKey, read_record, rerun_reason
+from fivefold.contract.record import CacheKey, rerun_reason
 from fivefold.data.image_io import decode
 from fivefold.data.readers.stores import open_store
 from fivefold.data.readers.training_rows import read_rows
@@ -150,8 +150,7 @@ READERS: dict[str, tuple[Callable[[Path], object], bytes, str]] = {
     "ground truth": (read_ground_truth, make_table(["ID", "label"], [[n, "ab"[n % 2]] for n in range(4)]), "gt.csv"),
     "user images": (read_user_images, make_table(["image_path", "true_class"], [[f"{n}.png", "a"] for n in range(4)]), "batch.csv"),
     "archive": (read_archive, make_archive(), "images.zip"),
-    "record": (read_record, RECORD, "stage.json"),
-    "earlier record": (lambda path: rerun_reason(path.parent, CacheKey("split", {}, {}), {"output": path.parent}), RECORD, "stage.json"),
+    "record": (lambda path: rerun_reason(path.parent, CacheKey("split", {}, {}), {"output": path.parent}), RECORD, "stage.json"),
     "weights": (read_weights, safetensors.torch.save({"a.weight": torch.ones(3, 2)}), "w.safetensors"),
     "checkpoint": (read_weights, make_checkpoint(zipped=True), "w.pth"),
     "legacy checkpoint": (read_weights, make_checkpoint(zipped=False), "w.pth"),

@@ -2,7 +2,6 @@ import logging
 import os
 import pty
 import sys
-import termios
 
 import pytest
 
@@ -13,13 +12,11 @@ def test_log_gets_a_line_at_intervals(caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.INFO, logger="fivefold"):
         assert list(track("abcd", 4, "reading", every=0)) == list("abcd")
     lines = [record.getMessage() for record in caplog.records]
-    assert lines == [f"reading: {n} of 4, 0.0 s left" for n in (1, 2, 3)]
+    assert lines == [f"reading: {n} of 4, 00:00 left" for n in (1, 2, 3)]
 
 
-@pytest.mark.parametrize("columns", [100, 0])
-def test_terminal_of_unknown_width_gets_a_bar(columns: int):
-    controller, terminal = pty.openpty()
-    termios.tcsetwinsize(terminal, (24, columns))
+def test_terminal_of_unknown_width_gets_a_bar():
+    controller, terminal = pty.openpty()  # its width is 0, as in a container
     os.set_blocking(controller, False)
     before, sys.stderr = sys.stderr, os.fdopen(terminal, "w")
     try:

@@ -44,28 +44,17 @@ HASHED_FILES = {
     "ensemble": (ENSEMBLE,),
 }
 """The only files of these channels that enter a key. Other files in the folder do not count."""
-EVALUATE_FILES = (OVERLAP, SPLIT_SUMMARY)
-"""Files of the channel folds that only `evaluate` reads, so they change no other result."""
 COMPARED_FILES = (".csv", ".parquet", ENSEMBLE, MODEL)
 """The only files of a run that `compare` reads."""
-GROUND_TRUTH_ENDINGS = tuple(f"/{name}" for name in GROUND_TRUTH_NAMES)
-"""Ground-truth files beside test images. Stages that predict these images do not read them."""
 VERIFIED_FILES = (WEIGHTS, MODEL, OOF, HOLDOUT)
 """Files of a model that later stages read."""
 
 REQUIRED_KEYS = {
-    "role": str,
-    "system": str,
-    "seed": int,
+    **dict.fromkeys(("role", "system", "split", "precision"), str),
+    **dict.fromkeys(("seed", "folds"), int),
     "fold": int | None,
-    "folds": int,
-    "classes": list,
-    "split": str,
-    "shares": list,
-    "best": dict,
-    "training": dict,
-    "settings": dict,
-    "precision": str,
+    **dict.fromkeys(("classes", "shares"), list),
+    **dict.fromkeys(("best", "training", "settings"), dict),
 }
 """The required keys of `model.json`, and their types."""
 
@@ -92,13 +81,8 @@ class ModelDir:
 
     @property
     def name(self) -> str:
-        if self.info["role"] == "student":
-            return f"student of {self.info['system']}, seed {self.info['seed']}"
-        return f"fold {self.info['fold']} of {self.info['system']}, seed {self.info['seed']}"
-
-    def digest(self, *names: str) -> str:
-        """Return a digest of these files, as far as they exist."""
-        return _digest([self.path / name for name in names])
+        kind = "student" if self.info["role"] == "student" else f"fold {self.info['fold']}"
+        return f"{kind} of {self.info['system']}, seed {self.info['seed']}"
 
 
 def search_roots(folder: Path, scratch: Path) -> dict[Path, Path]:
@@ -141,7 +125,7 @@ def find_models(folder: Path, scratch: Path) -> list[ModelDir]:
     for model in folds or models:
         _check_finished(model)
         other = unique.setdefault(model.identity, model)
-        if other is not model and model.digest(WEIGHTS, MODEL) != other.digest(WEIGHTS, MODEL):
+        if len({_digest([m.path / WEIGHTS, m.path / MODEL]) for m in (model, other)}) > 1:
             raise DataError(
                 f"{other.display_path} and {model.display_path} are both {model.name}, but differ; remove one of them"
             )
@@ -200,13 +184,16 @@ def channel_digest(channel: str, folder: Path, scratch: Path, settings: Mapping[
     if channel == "predictions":
         return _digest(list(find_predictions(folder, scratch).values()))
     if channel in HASHED_FILES:
-        names = HASHED_FILES[channel] + (EVALUATE_FILES if (stage, channel) == ("evaluate", "folds") else ())
+        # only `evaluate` reads these two, so they change no other result
+        more = (OVERLAP, SPLIT_SUMMARY) if (stage, channel) == ("evaluate", "folds") else ()
+        names = HASHED_FILES[channel] + more
         return _digest([path for name in names for path in _find_with_origin(folder, scratch, name)])
     if channel == "runs":
         return tree_sha256(folder, without=(RECORD,), only=COMPARED_FILES)
-    without = (RECORD, *GROUND_TRUTH_ENDINGS) if channel == "eval" else (RECORD,)
+    # stages that predict test images do not read the ground truth beside them
+    ignored = (RECORD, *(f"/{name}" for name in GROUND_TRUTH_NAMES if channel == "eval"))
     tables = (".csv", ".zip", str(settings.get("data.table", "")).lower() or ".csv")
-    return tree_sha256(folder, without=without, only=("",) if settings.get("split.verify_images", True) else tables)
+    return tree_sha256(folder, ignored, ("",) if settings.get("split.verify_images", True) else tables)
 
 
 def _digest(paths: Sequence[Path]) -> str:
@@ -255,17 +242,6 @@ def _check_finished(model: ModelDir) -> None:
                 f"{model.display_path.parent / name} differs from the file that its stage wrote (see {RECORD} beside it): copy the "
                 "whole folder again, or run the stage again"
             )
-
-
-def changed_outputs(outputs: Mapping[str, str], roots: Mapping[str, Path]) -> list[str]:
-    """Return the names of a record's outputs that are missing or differ from the SHA-256 in the record."""
-
-    def is_unchanged(name: str, digest: str) -> bool:
-        root, _, relative = name.partition("/")
-        path = roots.get(root, Path()) / relative
-        return root in roots and path.is_file() and sha256_cached(path) == digest
-
-    return [name for name, digest in outputs.items() if not is_unchanged(name, digest)]
 
 
 def _unpack(tarball: Path, scratch: Path) -> Path:

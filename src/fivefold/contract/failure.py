@@ -67,27 +67,22 @@ def to_known_error(error: BaseException) -> BaseException:
     return error
 
 
-def report_failure(output_dir: Path | None, error: BaseException) -> None:
-    """Write the failure file: the message, then the traceback. A PeerLostError does not replace an existing file."""
-    if output_dir is None or (isinstance(error, PeerLostError) and (output_dir / FAILURE).is_file()):
-        return
-    # writing may fail for the same reason; the message is on stderr in any case
-    with contextlib.suppress(OSError, FivefoldError):
-        write_text(output_dir / FAILURE, _report(error, MAX_MESSAGE_CHARS))
+def report_failure(output_dir: Path | None, error: BaseException, termination_log: Path = TERMINATION_LOG) -> None:
+    """Write message and traceback to the failure file, and to the file that `kubectl describe pod` shows, if that exists.
 
-
-def report_termination(error: BaseException, path: Path = TERMINATION_LOG) -> None:
-    """Write message and traceback to the file that `kubectl describe pod` shows, if this file exists.
-
-    The platform mounts the file into the container, so it is written in place: the platform would not read a new one. A
-    PeerLostError does not replace what another process of the training has written.
+    The platform mounts the latter into the container, so it is written in place: the platform would not read a new file.
+    A PeerLostError does not replace what another process of the training has written.
     """
-    # the file may belong to another user; the message is on stderr in any case
+    lost = isinstance(error, PeerLostError)
+    # writing may fail for the same reason as the stage; the message is on stderr in any case
+    with contextlib.suppress(OSError, FivefoldError):
+        if output_dir is not None and not (lost and (output_dir / FAILURE).is_file()):
+            write_text(output_dir / FAILURE, _report(error, MAX_MESSAGE_CHARS))
     with contextlib.suppress(OSError):
-        if path.is_file() and not (isinstance(error, PeerLostError) and path.stat().st_size):
+        if termination_log.is_file() and not (lost and termination_log.stat().st_size):
             # cut at a whole character
             text = _report(error).encode("utf-8", "replace")[:MAX_TERMINATION_BYTES].decode("utf-8", "ignore")
-            path.write_bytes(text.encode())
+            termination_log.write_bytes(text.encode())
 
 
 def _report(error: BaseException, characters: int | None = None) -> str:

@@ -154,10 +154,9 @@ def _resolve_urls(stage: Stage, environ: Mapping[str, str], remote: S3Sync, lead
         variable = "SM_CHANNEL_GROUND_TRUTH" if name == "SM_GROUND_TRUTH_DIR" else name.upper().replace("-", "_")
         if variable in read:
             resolved[name] = str(remote.channel(parse(value, name)))
-        elif name == "SM_CHECKPOINT_DIR" and leads and name in written:
-            resolved[name] = str(remote.checkpoint_folder(parse(value, name)))
         elif name in written and leads:
-            resolved[name] = str(remote.output(parse(value, name)))
+            make_folder = remote.checkpoint_folder if name == "SM_CHECKPOINT_DIR" else remote.output
+            resolved[name] = str(make_folder(parse(value, name)))
         elif name in DIRECTORIES or name.startswith("SM_CHANNEL_"):
             resolved[name] = ""
     return resolved

@@ -9,25 +9,26 @@ import json
 import logging
 import os
 import platform
+import re
 import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 import fivefold
-from fivefold.contract.artifacts import COMPARED_FILES, changed_outputs, channel_digest
-from fivefold.contract.files import read_json, sha256, tree_sha256, write_json
+from fivefold.contract.artifacts import COMPARED_FILES, channel_digest
+from fivefold.contract.files import read_json, sha256, sha256_cached, tree_sha256, write_json
 from fivefold.contract.job import StageContext
-from fivefold.contract.stage_specs import RECORD, STAGES
+from fivefold.contract.stage_specs import RECORD
 from fivefold.errors import DataError
 
 log = logging.getLogger("fivefold")
@@ -51,20 +52,6 @@ class CacheKey:
     def digest(self) -> str:
         text = json.dumps([self.stage, dict(self.inputs), dict(self.settings)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class Stopwatch:
-    """Measure wall and CPU seconds since its creation."""
-
-    wall: float = field(default_factory=time.monotonic)
-    cpu: float = field(default_factory=time.process_time)
-
-    def read(self) -> dict[str, float]:
-        return {
-            "wall_seconds": round(time.monotonic() - self.wall, 3),
-            "cpu_seconds": round(time.process_time() - self.cpu, 3),
-        }
 
 
 def compute_key(job: StageContext, settings: Mapping[str, Any]) -> CacheKey:
@@ -100,15 +87,18 @@ def rerun_reason(folder: Path, key: CacheKey, roots: Mapping[str, Path], on_vers
     if not path.is_file():
         return "no record of an earlier run"
     try:
-        record = read_record(path)
-    except DataError:
+        record = _Record.model_validate(read_json(path))
+    except (DataError, ValidationError):
         return f"the record {path} cannot be read"
-    old = CacheKey(record["stage"], record["inputs"], record["settings"])
+    old = CacheKey(record.stage, record.inputs, record.settings)
     if old.digest() != key.digest():
         return _describe_difference(old, key)
-    for name in changed_outputs(record["outputs"], roots):
-        return f"output missing or changed: {name}"
-    changes = version_changes(record) if on_version_change != "ignore" else ""
+    for name, digest in record.outputs.items():
+        root, _, relative = name.partition("/")
+        output = roots.get(root, Path()) / relative
+        if root not in roots or not output.is_file() or sha256_cached(output) != digest:
+            return f"output missing or changed: {name}"
+    changes = _version_changes(record) if on_version_change != "ignore" else ""
     if changes and on_version_change == "rerun":
         return f"code or package versions changed: {changes}"
     if changes:
@@ -128,9 +118,8 @@ def input_locations(job: StageContext, folder: Path) -> dict[str, list[str]]:
     here, places = folder.resolve(), {}
     for name in (*job.stage.channels, *job.stage.optional):
         if name in job.channels:
-            path = job.channels[name].resolve()
-            url = job.remote.source(job.channels[name])
-            places[name] = [url, url] if url else [os.path.relpath(path, here), str(path)]
+            path, url = job.channels[name].resolve(), job.remote.channels.get(job.channels[name])
+            places[name] = [str(url)] * 2 if url else [os.path.relpath(path, here), str(path)]
     return places
 
 
@@ -140,9 +129,9 @@ def write_record(
     key: CacheKey,
     outputs: Sequence[Path],
     metrics: Mapping[str, Any],
-    clock: Stopwatch,
+    started: float,
 ) -> None:
-    """Write `stage.json` into `folder`. `outputs` are the files that must stay unchanged for the record to count."""
+    """Write `stage.json` into `folder`. `outputs` must stay unchanged for the record to count; `started` is of time.monotonic."""
     roots = output_roots(job)
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(sha256, outputs))
@@ -162,7 +151,8 @@ def write_record(
             "image": os.environ.get(IMAGE_VARIABLE, ""),
             "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
             "processes": job.rank.world_size,
-            **clock.read(),
+            "wall_seconds": round(time.monotonic() - started, 3),
+            "cpu_seconds": round(time.process_time(), 3),
             "peak_memory_mib": peak_memory_mib(),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         },
@@ -178,32 +168,16 @@ def record_path(folder: Path, stage: str) -> Path:
     return own_record if own_record.is_file() or _stage_of(path) not in (None, stage) else path
 
 
-class _RecordSchema(BaseModel):
-    """The fields of a record that later stages and `trace` read."""
+class _Record(BaseModel):
+    """The fields of a record that decide whether its stage runs again."""
 
     model_config = ConfigDict(strict=True)
-    key: str
-    sources: dict[str, Annotated[list[str], Field(min_length=2, max_length=2)]]
-    roots: dict[str, str]
+    stage: str
     inputs: dict[str, str]
     outputs: dict[str, str]
     settings: dict[str, Any]
-    metrics: dict[str, Any]
     code: str
     packages: dict[str, str]
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """Return the record at `path`; raise a DataError unless it is one with all its fields."""
-    record = read_json(path)
-    if not isinstance(record, dict) or record.get("stage") not in STAGES:
-        raise DataError(f"{path} is not a record of a stage")
-    try:
-        _RecordSchema.model_validate(record)
-    except ValidationError as error:
-        names = dict.fromkeys(str(problem["loc"][0]) for problem in error.errors())
-        raise DataError(f"{path} is a record without valid {', '.join(names)}: run its stage again") from None
-    return record
 
 
 def _stage_of(path: Path) -> str | None:
@@ -239,10 +213,10 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def version_changes(record: Mapping[str, Any]) -> str:
+def _version_changes(record: _Record) -> str:
     """Describe the code and package versions that differ from a record's: `torch 2.13.0 -> 2.14.1`; empty if none."""
     now = {"code": code_version(), **package_versions()}
-    then = {"code": record["code"], **record["packages"]}
+    then = {"code": record.code, **record.packages}
     return ", ".join(
         f"{name} {then.get(name) or 'unknown'} -> {now[name]}" for name in now if then.get(name) != now[name]
     )
@@ -257,19 +231,15 @@ def output_roots(job: StageContext) -> dict[str, Path]:
 def peak_memory_mib() -> int:
     """Return the peak memory of this process in MiB. On Linux read VmHWM, because getrusage starts at the parent's peak."""
     status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.is_file() else []
-    for line in lines:
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) // 1024
+    if status.is_file() and (peak := re.search(r"VmHWM:\s*(\d+)", status.read_text())):
+        return int(peak[1]) // 1024
     unit = 1024**2 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit
 
 
 def _name(path: Path, roots: Mapping[str, Path]) -> str:
-    for root in sorted(roots, key=lambda root: -len(str(roots[root]))):
-        if path.is_relative_to(roots[root]):
-            return f"{root}/{path.relative_to(roots[root]).as_posix()}"
-    raise ValueError(f"{path} is below none of {dict(roots)}")
+    root = max((name for name in roots if path.is_relative_to(roots[name])), key=lambda name: len(str(roots[name])))
+    return f"{root}/{path.relative_to(roots[root]).as_posix()}"
 
 
 def _describe_difference(old: CacheKey, new: CacheKey) -> str:

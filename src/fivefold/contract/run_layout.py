@@ -53,7 +53,10 @@ def env_for_run(stage: Stage, environ: Mapping[str, str], run: str, fold: int | 
     """
     if stage.name not in CHANNELS or has_sagemaker_dirs(environ):
         return environ
-    variables = output_variables(stage.name, f"{run}/{_step_name(stage, fold)}")
+    if stage.name == "train-fold" and fold is None:
+        raise SettingsError("FOLD is not set: give FOLD=0, 1 etc. (as an argument or in the environment)")
+    step = f"fold-{fold}" if stage.name == "train-fold" else stage.name
+    variables = output_variables(stage.name, f"{run}/{step}")
     channels = channels_from_env(environ)
     for name, place in channel_paths(stage.name, run).items():
         if name not in channels and (name in stage.channels or _exists(place)):
@@ -84,14 +87,6 @@ def pick_ground_truth(names: Sequence[str]) -> str | None:
     folders = {posixpath.dirname(name) for name in names if posixpath.basename(name).lower() == EVAL_TABLE}
     beside = [pick_ground_truth_file(n for n in names if posixpath.dirname(n) == folder) for folder in sorted(folders)]
     return min((name for name in beside if name), key=len, default=None)
-
-
-def _step_name(stage: Stage, fold: int | None) -> str:
-    if stage.name != "train-fold":
-        return stage.name
-    if fold is None:
-        raise SettingsError("FOLD is not set: give FOLD=0, 1 etc. (as an argument or in the environment)")
-    return f"fold-{fold}"
 
 
 def _exists(place: str) -> bool:

@@ -21,7 +21,6 @@ from jobs.__main__ import main, run, stage_name
 from permissions import let_others_in
 from toy_data import REPOSITORY, call_jobs, environment, failure, noise_in
 
-NEEDS_ROOT = pytest.mark.skipif(os.getuid() != 0, reason="needs root: takes another user's place")
 NOBODY = 65534
 
 
@@ -40,17 +39,6 @@ def make_sagemaker_folders(base: Path, images: Path, **hyperparameters: str) -> 
     (base / "input" / "data" / "train").symlink_to(images)
     (base / "input" / "config" / "hyperparameters.json").write_text(json.dumps(hyperparameters))
     return {"SAGEMAKER_BASE_DIR": str(base)}
-
-
-def run_as_nobody(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    """Run the entrypoint as user nobody. It switches after the imports, because only root may be able to read Python."""
-    code = (
-        "import os, sys, jobs.split; from jobs.__main__ import main\n"
-        f"os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})\n"
-        "sys.exit(main(sys.argv[1:]))"
-    )
-    command = [sys.executable, "-W", "error", "-c", code, *arguments]
-    return subprocess.run(command, env=environment(**environ), cwd=REPOSITORY, capture_output=True, text=True)
 
 
 def make_environment(images: Path, out: Path, **more: str) -> dict[str, str]:
@@ -80,35 +68,16 @@ def test_sagemaker_job_runs_with_only_its_folders_set(images, tmp_path):
 
 def test_setting_sources_override_each_other_in_order(images, tmp_path):
     (tmp_path / "r.json").write_text(json.dumps({"split": {"folds": 8, "seed": 8, "holdout": 0.4, "stratify": False}}))
-    hyperparameters = {
-        "split.folds": "7",
-        "split.seed": "7",
-        "split.holdout": "0.3",
-        "recipe": str(tmp_path / "r.json"),
-    }
-    environ = make_sagemaker_folders(tmp_path / "ml", images, **hyperparameters)
-    environ |= {
-        "SM_HP_SPLIT__FOLDS": "6",
-        "SM_HP_SPLIT__SEED": "6",
-        "SPLIT__FOLDS": "5",
-        "SM_HP_SPLIT__OPEN-IMAGES": "",
-    }
-    environ |= {"SM_OUTPUT_DATA_DIR": str(tmp_path / "own"), "TRAIN": "x", "MODEL_DIR": "y", "DATA": "z"}
+    values = {"split.folds": "7", "split.seed": "7", "split.holdout": "0.3", "recipe": str(tmp_path / "r.json")}
+    environ = make_sagemaker_folders(tmp_path / "ml", images, **values)
+    environ |= {"SM_HP_SPLIT__FOLDS": "6", "SM_HP_SPLIT__SEED": "6", "SM_HP_SPLIT__OPEN-IMAGES": ""}
+    environ |= {"SPLIT__FOLDS": "5", "SM_OUTPUT_DATA_DIR": str(tmp_path / "own"), "TRAIN": "x", "MODEL_DIR": "y"}
     process = call_jobs("split", "SPLIT.FOLDS=4", "train.epochs=3", **environ)
     assert process.returncode == 0, process.stderr
     assert "split does not use: train.epochs" in process.stderr
     settings = read_settings(tmp_path / "own")
     actual = {key: settings[f"split.{key}"] for key in ("folds", "seed", "holdout", "stratify", "verify_images")}
     assert actual == {"folds": 4, "seed": 6, "holdout": 0.3, "stratify": False, "verify_images": True}
-
-
-def test_error_is_written_to_stderr_and_the_failure_file(images, tmp_path):
-    process = call_jobs("train", "train.epoch=3", **make_sagemaker_folders(tmp_path, images))
-    assert process.returncode == 64
-    message = "unknown key 'train.epoch' in argument; did you mean 'train.epochs'?; --help lists the keys"
-    assert process.stderr.splitlines()[-1].endswith(f"ERROR   {message}")
-    failure = (tmp_path / "output" / "failure").read_text()
-    assert failure[:1024].startswith(f"{message}\n\nTraceback")
 
 
 @pytest.mark.parametrize(
@@ -175,59 +144,27 @@ def test_stage_record_is_removed_first_and_written_last(images, tmp_path, capfd)
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_full_disk_exits_75(images, tiny_disk, tmp_path):
-    (tiny_disk / "filler").write_bytes(bytes(60 * 1024))
-    environ = make_environment(images, tiny_disk) | {"SM_OUTPUT_DIR": str(tmp_path / "told")}
-    assert run("split", ["split.folds=2"], environ) == 75
-    assert (tmp_path / "told" / "failure").read_text().startswith("no space left to write ")
-    assert not (tiny_disk / "stage.json").exists()
-    # If the failure file itself does not fit, the exit code stays the same.
-    assert run("split", ["split.folds=2"], environ | {"SM_OUTPUT_DIR": str(tiny_disk)}) == 75
-    (tiny_disk / "filler").unlink()
-    assert run("split", ["split.folds=2"], environ) == 0
-
-
-@NEEDS_ROOT
-def test_unwritable_output_folder_is_rejected(images, tmp_path):
-    let_others_in(tmp_path, images)
-    out = tmp_path / "out"
-    out.mkdir(0o755)
-    process = run_as_nobody("split", **make_environment(images, out))
-    assert process.returncode == 64
-    assert (
-        f"cannot write to {out} as uid {NOBODY}: Permission denied; mount it writable for that user" in process.stderr
-    )
-    assert "Traceback" not in process.stderr
-
-
-@NEEDS_ROOT
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root: takes another user's place")
 def test_unwritable_checkpoint_folder_is_reported_before_training(images, tmp_path):
     let_others_in(tmp_path, images)
     for name in ("model", "output"):
         (tmp_path / name).mkdir()
         (tmp_path / name).chmod(0o777)
-    assert call_jobs("split", **make_environment(images, tmp_path / "split")).returncode == 0
-    channels = {
-        "SM_CHANNEL_TRAIN": str(images), "SM_CHANNEL_FOLDS": str(tmp_path / "split"),
-        "SM_MODEL_DIR": str(tmp_path / "model"), "SM_OUTPUT_DATA_DIR": str(tmp_path / "output"),
-    }  # fmt: skip
-    process = run_as_nobody("train-fold", FOLD="0", **channels)
+    assert run("split", [], make_environment(images, tmp_path / "split")) == 0
+    code = (  # it switches after the imports, because only root may be able to read Python
+        "import os, sys, jobs.split; from jobs.__main__ import main\n"
+        f"os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-W", "error", "-c", code, "train-fold", "FOLD=0"]
+    environ = environment(
+        SM_CHANNEL_TRAIN=images, SM_CHANNEL_FOLDS=tmp_path / "split",
+        SM_MODEL_DIR=tmp_path / "model", SM_OUTPUT_DATA_DIR=tmp_path / "output",
+    )  # fmt: skip
+    process = subprocess.run(command, env=environ, cwd=REPOSITORY, capture_output=True, text=True)
     assert process.returncode == 64
     assert f"cannot write to {tmp_path / 'checkpoints'} as uid {NOBODY}" in process.stderr
     assert "or set SM_CHECKPOINT_DIR to another folder" in process.stderr
-
-
-@NEEDS_ROOT
-def test_unreadable_image_folder_is_reported_as_permission_error(images, tmp_path):
-    let_others_in(tmp_path)
-    locked, out = tmp_path / "locked", tmp_path / "out"
-    (locked / "cat").mkdir(parents=True)
-    locked.chmod(0o711)
-    out.mkdir()
-    out.chmod(0o777)
-    process = run_as_nobody("split", **make_environment(locked, out))
-    assert process.returncode == 64
-    assert f"Permission denied: '{locked}' as uid {NOBODY}" in process.stderr
 
 
 def test_interrupted_stage_exits_130_and_leaves_no_record(images, tmp_path):

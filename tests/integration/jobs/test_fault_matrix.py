@@ -125,17 +125,14 @@ def make_run(root: Path, classes: tuple[str, str], seed: int) -> Path:
     write_inputs(root, classes, seed)
     assert run_case(root, "split", root / "folds") == 0
     assert run("prepare", [], make_variables(root, root / "cache", ("TRAIN", "FOLDS"))) == 0
-    next((root / "cache").glob("*/cache.json")).parent.rename(
-        root / "cache" / "images"
-    )  # the original name depends on the content
+    cache = next((root / "cache").glob("*/cache.json")).parent
+    cache.rename(root / "cache" / "images")  # the original name depends on the content
     for fold in range(2):
         folder = root / "model" / f"fold-{fold}"
         assert run("train-fold", [f"FOLD={fold}", *SETTINGS], make_variables(root, folder, ("TRAIN", "FOLDS"))) == 0
     assert run("ensemble", [], make_variables(root, root / "predictions", ("EVAL", "MODEL", "FOLDS"))) == 0
     state = load_file(root / "model" / "fold-0" / "model.safetensors")
-    backbone = {
-        name.removeprefix("backbone."): tensor for name, tensor in state.items() if name.startswith("backbone.")
-    }
+    backbone = {n.removeprefix("backbone."): tensor for n, tensor in state.items() if n.startswith("backbone.")}
     (root / "weights").mkdir()
     save_file(backbone, root / "weights" / "start.safetensors")
     return root

@@ -56,14 +56,7 @@ def reference_runs(tmp_path_factory) -> Path:
 
 
 def start_process(
-    root: Path,
-    folder: Path,
-    stage: str,
-    signal_name="SIGKILL",
-    point="never",
-    call=1,
-    delay=0.0,
-    more: tuple[str, ...] = (),
+    root, folder: Path, stage: str, signal_name="SIGKILL", point="never", call=1, delay=0.0, more: tuple[str, ...] = ()
 ) -> Forked:
     folder.mkdir(parents=True, exist_ok=True)
     injection = [signal_name, point, str(call), str(delay), str(folder / "steps")]

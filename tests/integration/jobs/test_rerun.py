@@ -84,16 +84,8 @@ def test_missing_ground_truth_evaluates_only_the_ensemble_and_exits_0(finished_r
     root = copy_run(finished_run, tmp_path / "run")
     (root / "eval" / "gt.csv").unlink()
     shutil.rmtree(root / "runs" / "r" / "evaluate-student")
-    settings = [
-        "train=train",
-        "eval=eval",
-        "run=r",
-        "check=false",
-        "stages=evaluate,distill",
-        "split.folds=2",
-        *SETTINGS,
-    ]
-    done = call_jobs("submit", *settings, folder=root, OMP_NUM_THREADS=1)
+    arguments = ["train=train", "eval=eval", "run=r", "check=false", "stages=evaluate,distill", "split.folds=2"]
+    done = call_jobs("submit", *arguments, *SETTINGS, folder=root, OMP_NUM_THREADS=1)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.findall(r"^\[([\w-]+)\] .* runs: ", done.stdout + done.stderr, re.MULTILINE) == ["evaluate"]
     assert not (root / "runs" / "r" / "evaluate-student").exists()

@@ -38,18 +38,12 @@ def filled_bucket(bucket: Bucket, uninterrupted_run: Path) -> Bucket:
 
 
 def s3_environment(bucket: Bucket, endpoint: str = "") -> dict[str, str]:
-    places = {
-        "CHANNEL_TRAIN": "train",
-        "CHANNEL_FOLDS": "split",
-        "MODEL_DIR": "fold/model",
-        "OUTPUT_DATA_DIR": "fold/output",
-    }
+    outputs = {"MODEL_DIR": "fold/model", "OUTPUT_DATA_DIR": "fold/output"}
+    places = {"CHANNEL_TRAIN": "train", "CHANNEL_FOLDS": "split", **outputs}
     return bucket.environ(endpoint) | {f"SM_{name}": f"s3://{bucket.name}/{key}" for name, key in places.items()}
 
 
-def start_stage(
-    folder: Path, environ: dict[str, str], signal_name: str = "SIGKILL", point: str = "never", call: int = 1
-) -> Forked:
+def start_stage(folder: Path, environ, signal_name="SIGKILL", point="never", call=1) -> Forked:
     fault = [signal_name, point, str(call), "0", str(folder / "steps")]
     environ = environment(OMP_NUM_THREADS=1, TMPDIR=folder, **environ)
     return Forked([str(PROGRAM), *fault, "train-fold", *SETTINGS], environ)

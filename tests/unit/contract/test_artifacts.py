@@ -69,13 +69,8 @@ def test_find_models_searches_subfolders_and_sorts(tmp_path: Path):
         make_model(models / f"deep/er/{fold}", fold=fold)
     make_model(models / "b", fold=1, seed=43)
     make_model(models / "c", system="a", fold=7)
-    assert [(m.info["system"], m.info["seed"], m.info["fold"]) for m in list_models(tmp_path)] == [
-        ("a", 42, 7),
-        ("s", 42, 0),
-        ("s", 42, 2),
-        ("s", 42, 10),
-        ("s", 43, 1),
-    ]
+    identities = [(m.info["system"], m.info["seed"], m.info["fold"]) for m in list_models(tmp_path)]
+    assert identities == [("a", 42, 7), ("s", 42, 0), ("s", 42, 2), ("s", 42, 10), ("s", 43, 1)]
     assert list_models(tmp_path)[1].path == models / "deep/er/0"
 
 
@@ -121,8 +116,7 @@ def test_model_without_a_record_is_refused(tmp_path: Path):
 @pytest.mark.parametrize(
     ("info", "message"),
     [
-        ("[]", "does not describe a model"),
-        ('{"model_type": "bert"}', "does not describe a model: .*role, system, seed, fold"),
+        ('{"model_type": "bert"}', "does not describe a model: .*role, system, .* fold, "),
         (json.dumps(MODEL_INFO | {"seed": "42"}), "does not describe a model"),
         (json.dumps(MODEL_INFO | {"role": "teacher"}), "'teacher'"),
         ("{", "is not JSON"),

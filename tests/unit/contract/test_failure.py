@@ -14,7 +14,6 @@ from fivefold.contract.failure import (
     MAX_MESSAGE_CHARS,
     MAX_TERMINATION_BYTES,
     report_failure,
-    report_termination,
     to_known_error,
 )
 from fivefold.errors import (
@@ -128,7 +127,7 @@ def write_report(request: pytest.FixtureRequest, termination_log: Path) -> Calla
         return (termination_log.parent / "output" / "failure").read_text(encoding="utf-8")
 
     def write_termination_log(error: BaseException) -> str:
-        report_termination(error, termination_log)
+        report_failure(None, error, termination_log)
         return (termination_log.parent / "mounted").read_text(encoding="utf-8")
 
     return write_failure_file if request.param == "failure file" else write_termination_log
@@ -155,7 +154,7 @@ def test_failure_file_cuts_long_messages_to_the_shown_length(tmp_path: Path):
 
 @pytest.mark.parametrize("prefix", ["", "a"])
 def test_termination_log_is_cut_between_characters(termination_log: Path, prefix: str):
-    report_termination(DataError(prefix + "ö" * MAX_TERMINATION_BYTES), termination_log)
+    report_failure(None, DataError(prefix + "ö" * MAX_TERMINATION_BYTES), termination_log)
     written = termination_log.read_bytes()
     assert MAX_TERMINATION_BYTES - 1 <= len(written) <= MAX_TERMINATION_BYTES
     assert written.decode() == prefix + "ö" * ((MAX_TERMINATION_BYTES - len(prefix)) // 2)
@@ -166,7 +165,7 @@ def test_report_that_cannot_be_written_raises_no_error(tmp_path: Path):
     for folder in (tmp_path / "file", None):
         report_failure(folder, DataError("x"))
     for log_path in (tmp_path / "no", tmp_path):  # Fivefold creates no termination log of its own
-        report_termination(DataError("x"), log_path)
+        report_failure(None, DataError("x"), log_path)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == ""
 

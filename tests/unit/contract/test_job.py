@@ -120,23 +120,10 @@ def test_hyperparameters_that_are_not_a_map_are_named_in_the_error(content: byte
 
 
 def test_hyperparameters_merge_file_sm_hps_and_sm_hp_variables(base_dir: Path):
-    environ = write_hyperparameters(
-        base_dir, {"train.epochs": "1", "train.lr": "1", "train.max_grad_norm": "1", "Run": "a"}
-    )
-    assert hyperparameters_from_env(environ) == {
-        "train.epochs": "1",
-        "train.lr": "1",
-        "train.max_grad_norm": "1",
-        "run": "a",
-    }
-    environ["SM_HPS"] = '{"train.lr": 2, "train.max_grad_norm": 2}'
-    environ["SM_HP_TRAIN.MAX_GRAD_NORM"] = "3"
-    assert hyperparameters_from_env(environ) == {
-        "train.epochs": "1",
-        "train.lr": 2,
-        "train.max_grad_norm": "3",
-        "run": "a",
-    }
+    environ = write_hyperparameters(base_dir, {"epochs": "1", "lr": "1", "train.seed": "1", "Run": "a"})
+    assert hyperparameters_from_env(environ) == {"epochs": "1", "lr": "1", "train.seed": "1", "run": "a"}
+    environ |= {"SM_HPS": '{"lr": 2, "train.seed": 2}', "SM_HP_TRAIN.SEED": "3"}
+    assert hyperparameters_from_env(environ) == {"epochs": "1", "lr": 2, "train.seed": "3", "run": "a"}
 
 
 def test_hyperparameters_normalize_hyphens_and_ignore_empty_and_service_ones(base_dir: Path):

@@ -2,10 +2,12 @@
 
 import logging
 import os
+import queue
 import re
 import secrets
 import shutil
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 from fivefold.contract.files import sha256
@@ -30,8 +32,7 @@ class CheckpointSync:
     def __init__(self, store: S3Client, url: Url, folder: Path) -> None:
         self._store, self._url, self._folder = store, url, folder
         self._sent: list[Url] = []
-        self._lock = threading.Lock()
-        self._waiting: tuple[Path, Url] | None = None
+        self._waiting: queue.Queue[tuple[Path, Url] | None] = queue.Queue()
         self._thread: threading.Thread | None = None
 
     def restore(self, key_folder: Path) -> set[str]:
@@ -56,13 +57,13 @@ class CheckpointSync:
             os.link(path, copy)
         except OSError:  # a file system without hard links
             shutil.copyfile(path, copy)
-        with self._lock:
-            replaced, self._waiting = self._waiting, (copy, self._url_of(path.parent))
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._upload_waiting, name="checkpoints", daemon=True)
-                self._thread.start()
-        if replaced is not None:
-            replaced[0].unlink(missing_ok=True)
+        with suppress(queue.Empty):
+            if replaced := self._waiting.get_nowait():
+                replaced[0].unlink(missing_ok=True)
+        self._waiting.put((copy, self._url_of(path.parent)))
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._upload_waiting, name="checkpoints", daemon=True)
+            self._thread.start()
 
     def delete(self, key_folder: Path) -> None:
         """Delete a key's checkpoints after its stage is done."""
@@ -70,8 +71,10 @@ class CheckpointSync:
         self._store.delete([checkpoint.url for checkpoint in self._store.list_objects(self._url_of(key_folder))])
 
     def close(self) -> None:
-        """Wait for the running upload, at most LAST_UPLOAD_TIMEOUT_S seconds."""
-        if (thread := self._thread) is not None:
+        """Wait for the running and the waiting upload, at most LAST_UPLOAD_TIMEOUT_S seconds."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._waiting.put(None)
             thread.join(LAST_UPLOAD_TIMEOUT_S)
             if thread.is_alive():
                 log.warning(
@@ -82,8 +85,7 @@ class CheckpointSync:
         return self._url / folder.relative_to(self._folder).as_posix()
 
     def _upload_waiting(self) -> None:
-        """Upload waiting checkpoints until there are none."""
-        while (waiting := self._pop_waiting()) is not None:
+        while (waiting := self._waiting.get()) is not None:
             copy, folder = waiting
             try:
                 url = folder / f"{copy.name.split('.')[1]}.{sha256(copy)}.pt"
@@ -94,10 +96,3 @@ class CheckpointSync:
             except (FivefoldError, OSError) as error:
                 log.warning("a checkpoint could not be uploaded to %s: %s; the next one will be tried", folder, error)
             copy.unlink(missing_ok=True)
-
-    def _pop_waiting(self) -> tuple[Path, Url] | None:
-        with self._lock:
-            waiting, self._waiting = self._waiting, None
-            if waiting is None:
-                self._thread = None
-            return waiting

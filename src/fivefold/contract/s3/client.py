@@ -10,12 +10,10 @@ import time
 from collections.abc import Callable, Iterable, Sequence, Sized
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import boto3
-from boto3.exceptions import S3UploadFailedError
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import (
@@ -37,7 +35,7 @@ from s3transfer.subscribers import BaseSubscriber
 from fivefold.contract.files import disk_is_full, sha256
 from fivefold.contract.s3.urls import Url
 from fivefold.errors import FivefoldError, MissingInputError, RetryableError, SettingsError
-from fivefold.progress import track
+from fivefold.progress import interruptible, track
 from fivefold.signals import raise_if_stopped
 
 log = logging.getLogger("fivefold")
@@ -56,7 +54,6 @@ TRANSFER_CONFIG = TransferConfig(
 """Files of 8 MiB or more are transferred in parts of 8 MiB."""
 POLL_INTERVAL_S = 0.05
 CHECKSUM = {"ChecksumAlgorithm": "SHA256"}
-ARCHIVE_CLASSES = {"GLACIER", "DEEP_ARCHIVE"}
 QUIET_LOGGERS = ("boto3", "botocore", "s3transfer", "urllib3")
 """Loggers that would log signed requests at level DEBUG."""
 ACCESS_CODES = {"ExpiredToken", "InvalidToken"}
@@ -72,17 +69,16 @@ RETRYABLE_CODES = {
 
 @dataclass(frozen=True)
 class S3Object:
-    """An object of a listing: size in bytes, entity tag, modification time (seconds since 1970), storage class."""
+    """An object of a listing: size in bytes, entity tag, modification time in seconds since 1970."""
 
     url: Url
     size: int
     etag: str
     modified: float
-    storage_class: str = ""
 
 
 @dataclass(frozen=True)
-class Download:
+class Download(BaseSubscriber):
     """Download an object to a file. `digest` is its SHA-256, if known."""
 
     source: S3Object
@@ -93,21 +89,21 @@ class Download:
     def url(self) -> Url:
         return self.source.url
 
-    @property
-    def size(self) -> int:
-        return self.source.size
-
     def start(self, manager: TransferManager) -> TransferFuture:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        subscribers = [_ProvideMetadata(self.source)]
-        return manager.download(self.url.bucket, self.url.key, str(self.path), subscribers=subscribers)
+        return manager.download(self.url.bucket, self.url.key, str(self.path), subscribers=[self])
+
+    def on_queued(self, future: TransferFuture, **_: Any) -> None:
+        """Pass size and entity tag of the listing: this saves a request, and a replaced object fails."""
+        future.meta.provide_transfer_size(self.source.size)
+        future.meta.provide_object_etag(self.source.etag)
 
     def check(self) -> None:
         """Remove the file and raise a RetryableError if it differs from the object."""
         size = self.path.stat().st_size
-        if size != self.size or (self.digest is not None and sha256(self.path) != self.digest):
+        if size != self.source.size or (self.digest is not None and sha256(self.path) != self.digest):
             self.path.unlink()
-            raise RetryableError(f"{self.url} arrived damaged: {size} of {self.size} bytes, or a different SHA-256")
+            raise RetryableError(f"{self.url} arrived damaged: {size} of {self.source.size} bytes, or other content")
 
 
 @dataclass(frozen=True)
@@ -117,15 +113,8 @@ class Upload:
     path: Path
     url: Url
 
-    @property
-    def size(self) -> int:
-        return self.path.stat().st_size
-
     def start(self, manager: TransferManager) -> TransferFuture:
         return manager.upload(str(self.path), self.url.bucket, self.url.key, extra_args=CHECKSUM)
-
-    def check(self) -> None:
-        """Do nothing: the service has verified the bytes."""
 
 
 class S3Client:
@@ -147,14 +136,6 @@ class S3Client:
         """Return the object with exactly this key, or None."""
         return next((item for item in self._list(url, url.key, limit=1) if item.url == url), None)
 
-    def check_archived(self, objects: Iterable[S3Object]) -> None:
-        """Raise a MissingInputError for an object that is archived and not restored."""
-        for item in objects:
-            if item.storage_class in ARCHIVE_CLASSES:
-                call = partial(self._client.head_object, Bucket=item.url.bucket, Key=item.url.key)
-                if 'ongoing-request="false"' not in self._retry(item.url, call).get("Restore", ""):
-                    raise _archived(item.url)
-
     def read(self, url: Url) -> bytes:
         """Return all bytes of a small object."""
         return self._retry(url, lambda: self._client.get_object(Bucket=url.bucket, Key=url.key)["Body"].read())
@@ -173,8 +154,12 @@ class S3Client:
         remaining = dict.fromkeys(transfers)
 
         def finish(transfer: Download | Upload, future: TransferFuture) -> None:
-            future.result()
-            transfer.check()
+            try:
+                future.result()
+            except Exception as error:
+                raise to_store_error(error, transfer.url) from error
+            if isinstance(transfer, Download):  # the service checks uploads
+                transfer.check()
             del remaining[transfer]
 
         def move() -> None:
@@ -183,15 +168,11 @@ class S3Client:
                 # if an error leaves the manager, it cancels transfers that have not started
                 with TransferManager(self._client, TRANSFER_CONFIG) as manager:
                     futures |= {transfer: transfer.start(manager) for transfer in remaining}
-                    total = sum(transfer.size for transfer in futures)
-                    for transfer in track(futures, total, label, bytes_of=lambda transfer: transfer.size):
+                    for transfer in track(futures, len(futures), label):
                         while not futures[transfer].done():
                             raise_if_stopped()
                             time.sleep(POLL_INTERVAL_S)
-                        try:
-                            finish(transfer, futures[transfer])
-                        except Exception as error:
-                            raise to_store_error(error, transfer.url) from error
+                        finish(transfer, futures[transfer])
             except RetryableError:
                 for transfer in futures.keys() & remaining:
                     with suppress(Exception):
@@ -202,15 +183,16 @@ class S3Client:
             self._retry(transfers[0].url, move, remaining)
 
     def _list(self, url: Url, prefix: str, limit: int | None = None) -> list[S3Object]:
-        def pages() -> list[S3Object]:
+        def read_pages() -> list[S3Object]:
             paginator = self._client.get_paginator("list_objects_v2")
-            objects = []
-            for page in paginator.paginate(Bucket=url.bucket, Prefix=prefix, PaginationConfig={"MaxItems": limit}):
-                raise_if_stopped()
-                objects += [_object(url.bucket, entry) for entry in page.get("Contents", [])]
-            return objects
+            pages = paginator.paginate(Bucket=url.bucket, Prefix=prefix, PaginationConfig={"MaxItems": limit})
+            return [
+                S3Object(Url(url.bucket, entry["Key"]), entry["Size"], entry["ETag"], entry["LastModified"].timestamp())
+                for page in interruptible(pages)
+                for entry in page.get("Contents", [])
+            ]
 
-        return self._retry(url, pages)
+        return self._retry(url, read_pages)
 
     def _retry(self, url: Url, call: Callable[[], T], remaining: Sized = ()) -> T:
         """Return what `call` returns; retry after a RetryableError. A signal stops the process between two attempts.
@@ -233,23 +215,10 @@ class S3Client:
             attempt += 1
 
 
-class _ProvideMetadata(BaseSubscriber):
-    """Pass size and entity tag of the listing to a download: this saves a request, and a replaced object fails."""
-
-    def __init__(self, source: S3Object) -> None:
-        self._source = source
-
-    def on_queued(self, future: TransferFuture, **_: Any) -> None:
-        future.meta.provide_transfer_size(self._source.size)
-        future.meta.provide_object_etag(self._source.etag)
-
-
 def to_store_error(error: Exception, url: Url) -> FivefoldError:
     """Return the FivefoldError for a failed call for `url`."""
     if isinstance(error, FivefoldError):
         return error
-    if isinstance(error, S3UploadFailedError) and isinstance(error.__context__, ClientError):
-        error = error.__context__
     if isinstance(error, ClientError):
         return _error_of_response(error, url)
     if disk_is_full(error):
@@ -263,7 +232,7 @@ def to_store_error(error: Exception, url: Url) -> FivefoldError:
         return RetryableError(f"{url} changed during the download, the same command may succeed later")
     if isinstance(error, ParamValidationError | ValueError):
         return SettingsError(f"{url}: {' '.join(str(error).split())}; check this URL and AWS_ENDPOINT_URL_S3")
-    if isinstance(error, BotoCoreError | RetriesExceededError | S3UploadFailedError | OSError):
+    if isinstance(error, BotoCoreError | RetriesExceededError | OSError):
         return RetryableError(
             f"{url}: the store is unreachable or closed the connection, the same command may succeed later: {error}"
         )
@@ -275,7 +244,7 @@ def _error_of_response(error: ClientError, url: Url) -> FivefoldError:
     code, status = str(details.get("Code", "")), error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     message = f"{code} {details.get('Message', '')}".strip()
     if code == "InvalidObjectState":
-        return _archived(url)
+        return MissingInputError(f"{url} is archived; restore it (aws s3api restore-object), then run the same command")
     if code in ACCESS_CODES or status == 403:
         return SettingsError(
             f"{url}: access refused ({message}); the credentials in use need s3:ListBucket, s3:GetObject, s3:PutObject, "
@@ -288,15 +257,6 @@ def _error_of_response(error: ClientError, url: Url) -> FivefoldError:
             f"{url}: the store failed or the object has gone, the same command may succeed later: {message}"
         )
     return SettingsError(f"{url}: the store rejects the request: {message}")
-
-
-def _archived(url: Url) -> MissingInputError:
-    return MissingInputError(f"{url} is archived; restore it (aws s3api restore-object), then run the same command")
-
-
-def _object(bucket: str, entry: dict[str, Any]) -> S3Object:
-    modified, storage_class = entry["LastModified"].timestamp(), entry.get("StorageClass", "")
-    return S3Object(Url(bucket, entry["Key"]), entry["Size"], entry["ETag"], modified, storage_class)
 
 
 def _back_off(attempt: int) -> None:

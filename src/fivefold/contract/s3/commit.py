@@ -9,14 +9,10 @@ writers (a retried pod and the dying one) never mix. Attempts are invisible to r
 import json
 import logging
 import re
-import secrets
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fivefold.contract.files import join_below
 from fivefold.contract.s3.urls import Url, has_long_name
 from fivefold.contract.stage_specs import CLASSES, ENSEMBLE, FOLDS, HOLDOUT, MODEL, OOF, PREDICTIONS, RECORD, WEIGHTS
 from fivefold.errors import DataError, RetryableError
@@ -59,11 +55,6 @@ class VisibleFile:
     digest: str | None = None
 
 
-def new_commit_name(stage: str) -> str:
-    """Return a unique name for an attempt."""
-    return f"{COMMIT_PREFIX}{stage}-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
-
-
 def group_by_commit(url: Url, objects: Iterable["S3Object"]) -> tuple[dict[str, "S3Object"], list[Commit]]:
     """Divide the objects below a URL into those outside attempts, by name, and the attempts, complete or not. Ignore hidden ones."""
     plain: dict[str, S3Object] = {}
@@ -100,20 +91,19 @@ def list_visible(store: "S3Client", url: Url, objects: Iterable["S3Object"]) -> 
     if empty := [name for name in marked if not any(f"{folder}/".startswith(name) for folder in folders)]:
         log.warning("%s: folders without any object: %s", url, ", ".join(sorted(empty)[:5]))
     plain, attempts = group_by_commit(url, objects)
-    files = {name: VisibleFile(name, object_) for name, object_ in plain.items()}
     finished = {item.url.parent for item in attempts if item.marker}
-    if ignored := sorted(n for n in files if (url / n).parent in finished and (url / n).name in STAGE_FILES):
+    if ignored := sorted(n for n in plain if (url / n).parent in finished and (url / n).name in STAGE_FILES):
         log.warning("%s: ignored files that are not from the finished stage there: %s", url, ", ".join(ignored))
-    files = {name: stored for name, stored in files.items() if name not in ignored}
-    for folder in sorted(finished):
-        prefix = f"{folder.relative_to(url)}/" if folder != url else ""
-        complete = sorted((item for item in attempts if item.marker and item.url.parent == folder), key=_time_order)
-        newest = {item.stage: item for item in complete}
-        for index, attempt in enumerate(sorted(newest.values(), key=_time_order)):
-            for stored in _files(store, attempt):
-                # as in a folder with several stages: the record of the first is stage.json
-                name = f"{attempt.stage}.{RECORD}" if stored.name == RECORD and index else stored.name
-                files[prefix + name] = VisibleFile(prefix + name, stored.object, stored.digest)
+    files = {name: VisibleFile(name, item) for name, item in plain.items() if name not in ignored}
+    complete = sorted((item for item in attempts if item.marker), key=_time_order)
+    newest = {(item.url.parent, item.stage): item for item in complete}
+    for attempt in sorted(newest.values(), key=_time_order):
+        prefix = f"{attempt.url.parent.relative_to(url)}/" if attempt.url.parent != url else ""
+        for stored in _files(store, attempt):
+            name = prefix + stored.name
+            if stored.name == RECORD and name in files:  # as in a folder with several stages
+                name = f"{prefix}{attempt.stage}.{RECORD}"
+            files[name] = VisibleFile(name, stored.object, stored.digest)
     _check_names(files, url)
     return [files[name] for name in sorted(files)]
 
@@ -124,14 +114,12 @@ def commit_record(record: Mapping[str, Any], files: Mapping[str, str]) -> bytes:
 
 
 def _time_order(attempt: Commit) -> tuple[float, Url]:
-    assert attempt.marker
     return attempt.marker.modified, attempt.url
 
 
 def _files(store: "S3Client", attempt: Commit) -> list[VisibleFile]:
     """Return the files that the marker of a complete attempt lists, and the record."""
     marker_object = attempt.marker
-    assert marker_object
     try:
         files = dict(json.loads(store.read(marker_object.url))["files"])
     except (ValueError, KeyError, TypeError) as error:
@@ -150,8 +138,7 @@ def _files(store: "S3Client", attempt: Commit) -> list[VisibleFile]:
 def _check_names(files: Mapping[str, VisibleFile], url: Url) -> None:
     folders = {name[:index] for name in files for index, letter in enumerate(name) if letter == "/"}
     for name in files:
-        join_below(Path("/folder"), name)
-        if {"", "."} & set(name.split("/")) or "\0" in name or name in folders or has_long_name(name):
+        if {"", ".", ".."} & set(name.split("/")) or "\0" in name or name in folders or has_long_name(name):
             raise DataError(
-                f"{str(url / name)[:1000]} cannot be a file: a part of it is empty or too long, or also a folder; rename it"
+                f"{str(url / name)[:1000]} cannot be a file: a part of it is empty, '..' or too long, or also a folder; rename it"
             )

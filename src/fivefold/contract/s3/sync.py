@@ -1,9 +1,4 @@
-"""Sync channels, outputs and checkpoints at `s3://bucket/prefix` with local folders.
-
-A channel is downloaded on first use. The files that earlier stages left at an output are downloaded at the start, so
-that an up-to-date stage finds its record. Written files are uploaded when the stage ends (`attempts` describes their
-layout). Checkpoints are uploaded during training, and downloaded at its start.
-"""
+"""Sync channels, outputs and checkpoints at `s3://bucket/prefix` with local folders; `commit` describes the layout of outputs."""
 
 import logging
 import re
@@ -17,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from fivefold.contract.files import check_space, folder_lock, read_json, sha256, tree_files
 from fivefold.contract.s3 import commit
-from fivefold.contract.s3.commit import COMMIT_PREFIX, FILES, Commit, VisibleFile
+from fivefold.contract.s3.commit import COMMIT_PREFIX, FILES, VisibleFile
 from fivefold.contract.s3.urls import Url
 from fivefold.contract.stage_specs import RECORD
 from fivefold.errors import MissingInputError, SettingsError
@@ -54,7 +49,6 @@ class SyncedOutput:
     url: Url
     path: Path
     fetched: Mapping[Path, tuple[int, int]]
-    replaced: list[Commit] = field(default_factory=list)
 
 
 @dataclass
@@ -98,20 +92,16 @@ class S3Sync:
         """Return the names of the files below a URL; the empty name for a single object. Errors as for `channel`."""
         return [stored.name for stored in self._list_visible(url)]
 
-    def fetch(self, path: Path, only: tuple[str, ...] = ("",)) -> None:
-        """Download the files of a channel, except existing ones; `only` those whose names end in one of these.
+    def fetch(self, path: Path) -> None:
+        """Download the missing files of a channel.
 
         Processes that share `scratch` download one after another, and skip files that another one has downloaded.
         """
         if path in self.pending:
             with folder_lock(self.scratch):
-                selected = [stored for stored in self.pending.pop(path) if stored.name.endswith(only)]
-                missing = [stored for stored in selected if not (path / stored.name if stored.name else path).exists()]
+                stored = self.pending.pop(path)
+                missing = [item for item in stored if not (path / item.name).exists()]
                 self._download(missing, path, str(self.channels[path]))
-
-    def source(self, path: Path) -> str | None:
-        """Return the URL that a channel's path represents, or None for a path of this machine."""
-        return str(self.channels[path]) if path in self.channels else None
 
     def output(self, url: Url) -> Path:
         """Return the local folder of an output's URL, with the files that finished stages left there.
@@ -128,39 +118,36 @@ class S3Sync:
         self.outputs.append(SyncedOutput(url, path, {path / item.name: _state(path / item.name) for item in stored}))
         return path
 
-    def invalidate_previous(self, stage: str) -> None:
-        """Delete the markers of this stage's earlier attempts, records first, so that they no longer count."""
+    def delete_previous(self, stage: str) -> None:
+        """Delete this stage's earlier attempts, and incomplete ones older than a day; records and markers first."""
+        urls = []
         for output in self.outputs:
-            earlier = commit.group_by_commit(output.url, self.store.list_objects(output.url, COMMIT_PREFIX))[1]
-            output.replaced = [attempt for attempt in earlier if attempt.stage == stage and attempt.marker]
-        markers = [attempt.marker.url for output in self.outputs for attempt in output.replaced if attempt.marker]
-        if markers:  # without URLs, do not import boto3
-            self.store.delete(sorted(markers, key=lambda url: url.name != RECORD))
+            _, attempts = commit.group_by_commit(output.url, self.store.list_objects(output.url, COMMIT_PREFIX))
+            for attempt in attempts:
+                newest = max(item.modified for item in attempt.objects.values())
+                if attempt.stage == stage and (attempt.marker or newest <= time.time() - STALE_AFTER_S):
+                    urls += [item.url for item in attempt.objects.values()]
+        if urls:  # without URLs, do not import boto3
+            self.store.delete(sorted(urls, key=lambda url: (url.name != RECORD, url.name != FILES)))
 
     def publish(self, stage: str, record: Path, new_files: Sequence[Path]) -> None:
-        """Upload the files that the stage wrote, its record last; then delete the attempts that this one replaces.
-
-        `new_files` are the files that the record names.
-        """
+        """Upload the files that the stage wrote, its record last. `new_files` are the files that the record names."""
         if not self.outputs:
             return
         from fivefold.contract.s3.client import Upload
 
         facts = read_json(record)
-        name = commit.new_commit_name(stage)
+        name = f"{COMMIT_PREFIX}{stage}-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
         # the folder of the record comes last
         for output in sorted(self.outputs, key=lambda output: output.path == record.parent):
-            files = {
-                path.relative_to(output.path).as_posix(): path for path in self._written(output, record, new_files)
-            }
+            written = self._written(output, record, new_files)
+            files = {path.relative_to(output.path).as_posix(): path for path in written}
             digests = {relative: sha256(path) for relative, path in files.items()}
             uploads = [Upload(path, output.url / name / relative) for relative, path in files.items()]
             self.store.transfer(uploads, f"to {output.url}")
             marker = RECORD if output.path == record.parent else FILES
             self.store.write(output.url / name / marker, commit.commit_record(facts, digests))
             log.info("%s: %d files at %s", stage, len(files), output.url / name)
-        for output in self.outputs:
-            self._remove_old(output, stage, name)
 
     def checkpoint_folder(self, url: Url) -> Path:
         """Return the local folder of a URL of checkpoints. Errors as for `output`."""
@@ -195,10 +182,9 @@ class S3Sync:
             return
         from fivefold.contract.s3.client import Download
 
-        self.store.check_archived(item.object for item in stored)
         path.parent.mkdir(parents=True, exist_ok=True)
         check_space(path.parent, sum(item.object.size for item in stored))
-        files = [Download(item.object, path / item.name if item.name else path, item.digest) for item in stored]
+        files = [Download(item.object, path / item.name, item.digest) for item in stored]
         self.store.transfer(files, f"from {label}")
 
     def _written(self, output: SyncedOutput, record: Path, recorded: Sequence[Path]) -> list[Path]:
@@ -211,17 +197,6 @@ class S3Sync:
             and not any(path.is_relative_to(other) for other in others)
             and (path in recorded or output.fetched.get(path) != _state(path))
         ]
-
-    def _remove_old(self, output: SyncedOutput, stage: str, current: str) -> None:
-        """Delete the objects of replaced attempts, and of this stage's incomplete attempts that are older than a day."""
-        existing = commit.group_by_commit(output.url, self.store.list_objects(output.url, COMMIT_PREFIX))[1]
-        replaced = {attempt.url for attempt in output.replaced}
-        stale_before = time.time() - STALE_AFTER_S
-        for attempt in existing:
-            newest = max(item.modified for item in attempt.objects.values())
-            abandoned = attempt.stage == stage and attempt.marker is None and newest <= stale_before
-            if attempt.url.name != current and (attempt.url in replaced or abandoned):
-                self.store.delete(item.url for item in attempt.objects.values())
 
 
 def _state(path: Path) -> tuple[int, int]:

@@ -98,7 +98,7 @@ class Cache:
         digest = hashlib.sha256()
         with open(self.folder / PIXELS_FILE, "rb") as file:
             chunks = iter(lambda: file.read(CHUNK_BYTES), b"")
-            for chunk in track(chunks, self.bytes, "checking the image cache", bytes_of=len):
+            for chunk in track(chunks, -(-self.bytes // CHUNK_BYTES), "checking the image cache"):
                 digest.update(chunk)
         if digest.hexdigest() != self.header.pixels_sha256:
             raise _damage_error(self.folder / PIXELS_FILE)
