@@ -13,6 +13,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,9 +39,7 @@ KEYS = ("recipe", "predict.device", "predict.tta", "serve")
 def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> int:
     """Serve until a signal raises StoppedError, as in any stage."""
     if {"-h", "--help"} & set(arguments):
-        print(
-            f"{__doc__.strip()}\n\nKeys, as arguments or environment variables (SERVE__PORT=8081):\n{describe_keys(KEYS)}"
-        )
+        print(f"{__doc__}\nKeys, as arguments or environment variables (SERVE__PORT=8081):\n{describe_keys(KEYS)}")
         return 0
     models = [argument for argument in arguments if normalize_key(argument.partition("=")[0]) == "model"]
     rest = [argument for argument in arguments if argument not in models]
@@ -55,9 +54,8 @@ def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> i
     with defer_signals(), tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
         with listen(settings.serve.host, settings.serve.port) as listener:
             log.info("listens at %s, loading %s", address(listener), path)
-            asyncio.run(
-                serve(listener, Service(settings.serve), lambda: load_served_model(path, settings, Path(scratch)))
-            )
+            load_model = partial(load_served_model, path, settings, Path(scratch))
+            asyncio.run(serve(listener, Service(settings.serve), load_model))
     return 0
 
 
@@ -73,9 +71,7 @@ def model_path(environ: Mapping[str, str], settings: Settings) -> str:
     student = f"{run_path(settings.runs, settings.run)}/distill" if settings.run else ""
     path = environ.get("SM_CHANNEL_MODEL") or environ.get("SM_MODEL_DIR") or student
     if not path and not hosted.is_dir():
-        raise MissingInputError(
-            f"serve needs a model: set model=PATH or SM_CHANNEL_MODEL (SageMaker's folder {hosted} does not exist)"
-        )
+        raise MissingInputError(f"serve needs a model: set model=PATH or SM_CHANNEL_MODEL; {hosted} does not exist")
     return path or str(hosted)
 
 

@@ -19,13 +19,10 @@ log = logging.getLogger("fivefold")
 
 KEEP_ALIVE_S = 65
 """Maximum idle time of a connection: longer than the 60 s after which proxies close theirs."""
-BACKLOG = 2048
 CLOSE_DELAY_S = 0.25
 """Delay between the last accept and closing idle connections, so that requests in transit still arrive."""
 READ_TIMEOUT_S = 30.0
 """Time for a client to read a response; the kernel buffers some megabytes of it."""
-POLL_INTERVAL_S = 0.05
-"""Interval between two checks for a signal."""
 
 
 class Connection(H11Protocol):
@@ -79,7 +76,7 @@ def listen(host: str, port: int) -> socket.socket:
     """Open the socket that the server listens at; raise a SettingsError if that fails."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=BACKLOG, dualstack_ipv6=host == "::")
+        return socket.create_server((host, port), family=family, backlog=2048, dualstack_ipv6=host == "::")
     except (OSError, OverflowError) as error:
         raise SettingsError(f"serve.host={host} serve.port={port}: cannot listen there: {error}") from error
 
@@ -130,4 +127,4 @@ async def wait_for_stop(*unless: asyncio.Future) -> None:
     """Wait for a signal and raise StoppedError, or return when one of `unless` is done."""
     while not any(future.done() for future in unless):
         raise_if_stopped()
-        await asyncio.sleep(POLL_INTERVAL_S)
+        await asyncio.sleep(0.05)
