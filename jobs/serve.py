@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fivefold")
 
-PORT, HOST = "SAGEMAKER_BIND_TO_PORT", "FIVEFOLD_HOST"
 KEYS = ("recipe", "predict.device", "predict.tta", "serve")
 """The settings that serve uses; otherwise each model predicts with its own recipe."""
 
@@ -61,7 +60,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> i
 
 def platform_layers(environ: Mapping[str, str]) -> list[Layer]:
     """Return layers for the port that SageMaker assigns in a multi-container endpoint, and for the address that the image sets."""
-    variables = ((PORT, "serve.port"), (HOST, "serve.host"))
+    variables = (("SAGEMAKER_BIND_TO_PORT", "serve.port"), ("FIVEFOLD_HOST", "serve.host"))
     return [Layer(name, {key: environ[name]} if environ.get(name) else {}) for name, key in variables]
 
 

@@ -20,17 +20,12 @@ from fivefold.serving.service import Service
 
 log = logging.getLogger("fivefold")
 
-CLIENT_CLOSED = 499
-"""The status in the counters for a request whose client disconnected; it is never sent."""
-DRAIN_BODY_S = 2.0
-"""The server drains a rejected body for this long, so that the client reads the error."""
-
 
 class EarlyResponse(JSONResponse):
     """The response to a request whose body was not read to its end.
 
-    It is sent at once, then the remaining body is discarded for a while: closing a connection with unread bytes resets
-    it, and the client would lose the response.
+    It is sent at once, then the remaining body is discarded for two seconds: closing a connection with unread bytes
+    resets it, and the client would lose the response.
     """
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -38,7 +33,7 @@ class EarlyResponse(JSONResponse):
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         await send({"type": "http.response.body", "body": self.body, "more_body": True})
         with suppress(TimeoutError):
-            async with asyncio.timeout(DRAIN_BODY_S):
+            async with asyncio.timeout(2.0):
                 while (await receive()).get("more_body", False):
                     pass
         await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -89,7 +84,7 @@ async def handle(service: Service, request: Request) -> Response:
         limit = service.limits.timeout_s
         refused = RefusedError(503, f"no response within {limit:g} s (serve.timeout_s): try again later")
     except ClientDisconnect:
-        return Response(status_code=CLIENT_CLOSED)
+        return Response(status_code=499)  # only for the counters: it is never sent
     except asyncio.CancelledError:
         if not service.draining:
             raise
