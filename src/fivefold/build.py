@@ -211,8 +211,8 @@ def check_memory(network: Classifier, settings: Settings, runtime: Runtime, imag
     free = memory.available_bytes(runtime.device, rank.local_world_size)
     log.info("memory: a step takes %s", memory.check_fits(estimate, chosen.batch_size, free, chosen.grad_accum_steps))
     if runtime.device.type == "cpu":
-        process_mib = memory.process_bytes(estimate, chosen.batch_size, images) / memory.MEBIBYTE
-        images_mib = images / memory.MEBIBYTE
+        process_mib = memory.process_bytes(estimate, chosen.batch_size, images) / MIB
+        images_mib = images / MIB
         log.info(
             "memory: the process takes about %s MiB, including libraries and %s MiB of decoded images",
             f"{process_mib:,.0f}",

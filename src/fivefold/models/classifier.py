@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fivefold.errors import SettingsError
-from fivefold.lookup import choose
+from fivefold.lookup import choose, parse_spec
 
 MIN_STD = 1e-6
 """A standard deviation below this is a rounding error."""
@@ -75,14 +75,12 @@ def build_head(spec: str | dict[str, Any], features: int, classes: int, dropout:
     A spec is a name, or a table with `name` and the head's parameters; `dropout` is the default for a spec without it.
     Raise a SettingsError for an unknown name or parameter, or an invalid value.
     """
-    parameters = {"name": spec} if isinstance(spec, str) else dict(spec)
-    name = str(parameters.pop("name", ""))
-    make = choose(HEADS, "head", name)
-    known = {item.name: item for item in signature(make).parameters.values() if item.kind is item.KEYWORD_ONLY}
+    name, parameters = parse_spec(spec, HEADS, "head")
+    known = {item.name: item for item in signature(HEADS[name]).parameters.values() if item.kind is item.KEYWORD_ONLY}
     for parameter in parameters:
         choose(known, f"parameter of the head {name!r}", parameter)
     try:
-        return make(features, classes, **{"dropout": dropout, **parameters})
+        return HEADS[name](features, classes, **{"dropout": dropout, **parameters})
     except (TypeError, ValueError, RuntimeError) as error:
         raise SettingsError(f"head {name!r} with {parameters}: {error}") from error
 

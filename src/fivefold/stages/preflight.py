@@ -33,12 +33,8 @@ def check_plan(plan: Plan, inputs: Inputs, local: bool) -> None:
     if not trained:
         return
     if local and not is_url(inputs.weights or ""):
-        check_weights([trained_settings(settings, name) for name in trained], inputs.weights)
+        check_weights([settings.of_stage(name) for name in trained], inputs.weights)
     check_in_subprocess(settings, trained, local)
-
-
-def trained_settings(settings: Settings, stage: str) -> Settings:
-    return settings.student() if stage == "distill" else settings
 
 
 def check_weights(recipes: Sequence[Settings], channel: str | None) -> None:
@@ -84,7 +80,7 @@ def check_stages(settings: Settings, trained: Sequence[str], local: bool) -> Non
     from fivefold.stages.image_source import cache_folder
 
     cache_folder(settings)
-    recipes = [trained_settings(settings, stage) for stage in trained]
+    recipes = [settings.of_stage(stage) for stage in trained]
     for number, recipe in enumerate(recipes):
         if recipe in recipes[:number]:  # the student may have the folds' settings
             continue
