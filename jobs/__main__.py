@@ -37,12 +37,11 @@ from fivefold.contract.s3.sync import SCRATCH, with_urls
 from fivefold.contract.stage_specs import FAILURE, STAGES, Stage
 from fivefold.distributed.ranks import PARENT
 from fivefold.errors import FivefoldError, SettingsError, StoppedError
+from fivefold.log import log
 from fivefold.lookup import choose
 from fivefold.signals import defer_signals, raise_if_stopped
 from fivefold.stages import rank_control
 from fivefold.system import die_with_parent, limit_threads
-
-log = logging.getLogger("fivefold")
 
 RESULTS = "test_result"
 """The folder for the results of a stage that is run by hand without an output."""

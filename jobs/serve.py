@@ -9,7 +9,6 @@ s3://bucket/prefix), else SM_CHANNEL_MODEL, else SM_MODEL_DIR, else the student 
 """
 
 import asyncio
-import logging
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -24,12 +23,11 @@ from fivefold.contract.run_layout import run_path
 from fivefold.contract.s3.sync import SCRATCH
 from fivefold.contract.stage_specs import STAGES
 from fivefold.errors import MissingInputError
+from fivefold.log import log
 from fivefold.signals import defer_signals
 
 if TYPE_CHECKING:
     from fivefold.ensemble import EnsemblePredictor
-
-log = logging.getLogger("fivefold")
 
 KEYS = ("recipe", "predict.device", "predict.tta", "serve")
 """The settings that serve uses; otherwise each model predicts with its own recipe."""

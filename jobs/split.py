@@ -1,6 +1,5 @@
 """The split stage: open every image once, and assign the rows to folds."""
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -39,9 +38,8 @@ from fivefold.data.split.verify import (
 )
 from fivefold.errors import DataError
 from fivefold.inference.submission import check_submission
+from fivefold.log import log
 from fivefold.predictions import preview
-
-log = logging.getLogger("fivefold")
 
 
 def main(job: StageContext, settings: Settings) -> StageResult:

@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
+from fivefold.log import log
 from fivefold.signals import raise_if_stopped
 
 T = TypeVar("T")
-log = logging.getLogger("fivefold")
 LOG_INTERVAL_S = 15.0
 MIB = 2**20
 

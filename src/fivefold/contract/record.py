@@ -6,7 +6,6 @@ the old record first, so that a killed stage never looks finished.
 
 import hashlib
 import json
-import logging
 import os
 import platform
 import resource
@@ -29,8 +28,7 @@ from fivefold.contract.files import read_json, sha256, tree_sha256, write_json
 from fivefold.contract.job import StageContext
 from fivefold.contract.stage_specs import RECORD, STAGES
 from fivefold.errors import DataError
-
-log = logging.getLogger("fivefold")
+from fivefold.log import log
 
 IMAGE_VARIABLE = "FIVEFOLD_IMAGE"
 """Variable with the digest of the container's image, if the user sets it."""

@@ -1,7 +1,6 @@
 """The paths of the server: `POST /invocations`, `GET /ping`, `GET /metrics`."""
 
 import asyncio
-import logging
 import time
 from collections.abc import Coroutine
 from contextlib import suppress
@@ -15,10 +14,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from fivefold.log import log
 from fivefold.serving.protocol import RefusedError, is_list, negotiate_type, parse_top, reject_compressed, too_large
 from fivefold.serving.service import Service
-
-log = logging.getLogger("fivefold")
 
 
 class EarlyResponse(JSONResponse):

@@ -1,7 +1,6 @@
 """The server: listen, load the model, answer requests until a signal, then finish the requests in flight."""
 
 import asyncio
-import logging
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
@@ -11,11 +10,10 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fivefold.errors import SettingsError
+from fivefold.log import log
 from fivefold.serving.app import build_app
 from fivefold.serving.service import Service
 from fivefold.signals import raise_if_stopped
-
-log = logging.getLogger("fivefold")
 
 READ_TIMEOUT_S = 30.0
 """Time for a client to read a response; the kernel buffers some megabytes of it."""

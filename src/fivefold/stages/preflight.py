@@ -5,7 +5,6 @@ checks run in a subprocess, which reports the error.
 """
 
 import json
-import logging
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,8 +15,7 @@ from fivefold.contract.s3.urls import is_url
 from fivefold.errors import DataError, FivefoldError, MissingInputError, RetryableError, SettingsError
 from fivefold.inference.blending import weights_by_name
 from fivefold.launchers.plan import Inputs, Plan
-
-log = logging.getLogger("fivefold")
+from fivefold.log import log
 
 TRAINING = ("train-fold", "distill")
 MODULE = "fivefold.stages.preflight"

@@ -1,7 +1,6 @@
 """Multi-process stages: start the ranks, and broadcast rank 0's decisions."""
 
 import json
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -13,8 +12,7 @@ from fivefold.contract.stage_specs import Stage
 from fivefold.distributed import rank_launcher
 from fivefold.distributed.ranks import check_batch, hosts_from_env, processes_from_env, rank_from_env
 from fivefold.launchers.local import list_gpus
-
-log = logging.getLogger("fivefold")
+from fivefold.log import log
 
 
 def launch_ranks(

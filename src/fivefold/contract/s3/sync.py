@@ -5,7 +5,6 @@ that an up-to-date stage finds its record. Written files are uploaded when the s
 layout). Checkpoints are uploaded during training, and downloaded at its start.
 """
 
-import logging
 import re
 import secrets
 import time
@@ -21,12 +20,11 @@ from fivefold.contract.s3.commit import COMMIT_PREFIX, FILES, Commit, VisibleFil
 from fivefold.contract.s3.urls import Url
 from fivefold.contract.stage_specs import RECORD
 from fivefold.errors import MissingInputError, SettingsError
+from fivefold.log import log
 
 if TYPE_CHECKING:
     from fivefold.contract.s3.checkpoint_sync import CheckpointSync
     from fivefold.contract.s3.client import S3Client
-
-log = logging.getLogger("fivefold")
 
 STALE_AFTER_S = 86_400.0
 """An attempt without a marker is removed if nobody has written to it for this many seconds."""
