@@ -1,6 +1,5 @@
 """The export stage: write a student, a fold model or a whole ensemble as one file for other programs."""
 
-
 from fivefold import export
 from fivefold.config.schema import Settings
 from fivefold.contract.artifacts import find_all, find_models, find_one

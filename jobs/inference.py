@@ -1,6 +1,5 @@
 """The inference stage (reference systems): predict with all models of the channel, and write output.csv as the sample requires."""
 
-
 from fivefold import predictions
 from fivefold.config.schema import Settings
 from fivefold.contract.artifacts import find_models

@@ -1,6 +1,5 @@
 """The prepare stage: build the image cache, with every image of the split and of the test images decoded once."""
 
-
 import numpy as np
 
 from fivefold.config.schema import Settings

@@ -1,6 +1,5 @@
 """The train-fold stage: train on the other folds' rows, and predict the fold's rows out-of-fold."""
 
-
 from fivefold import build
 from fivefold.config.schema import Settings
 from fivefold.contract.job import StageContext, StageResult

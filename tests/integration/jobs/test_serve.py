@@ -302,7 +302,11 @@ def test_hostile_clients_do_not_block_a_normal_client_or_exhaust_memory(trained_
             except ConnectionError:
                 outcomes[f"{name} dropped"] += 1
 
-    with ServerProcess(tmp_path / "log", *options, **pod) as server, ThreadPoolExecutor(9) as pool, ExitStack() as stack:
+    with (
+        ServerProcess(tmp_path / "log", *options, **pod) as server,
+        ThreadPoolExecutor(9) as pool,
+        ExitStack() as stack,
+    ):
         for _ in range(256):
             stack.enter_context(server.raw()).sendall(POST % 1000 + b"x")
         for _ in range(4):

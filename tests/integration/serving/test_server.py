@@ -148,7 +148,7 @@ def test_slow_model_returns_503_and_an_incomplete_body_408() -> None:
 def test_body_below_the_minimum_rate_returns_408_and_a_faster_one_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service_module, "GRACE_PERIOD_S", 0.2)
     monkeypatch.setattr(service_module, "MIN_BYTES_PER_S", 50.0)
-    body = make_image()
+    body = make_image(color=7)
     with run_server() as server:
         for pause, status in ((0.1, 408), (0.005, 200)):
             with server.raw() as connection, http.client.HTTPResponse(connection) as response:
