@@ -30,12 +30,11 @@ from fivefold.contract.s3.sync import SCRATCH, with_urls
 from fivefold.contract.stage_specs import FAILURE, STAGES, Stage
 from fivefold.distributed.ranks import PARENT
 from fivefold.errors import FivefoldError, SettingsError, StoppedError
+from fivefold.log import log
 from fivefold.lookup import choose
 from fivefold.signals import defer_signals, raise_if_stopped
 from fivefold.stages import rank_control
 from fivefold.system import die_with_parent, limit_threads
-
-log = logging.getLogger("fivefold")
 
 COMMANDS = {
     "submit": (".submit", "run a recipe's stages in order on a platform"),

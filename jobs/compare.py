@@ -1,7 +1,6 @@
 """Compare several runs and submission files: scores, pairwise agreement, and all submissions in one table."""
 
 import json
-import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -25,9 +24,9 @@ from fivefold.evaluation.ground_truth import add_labels, find_ground_truth_file,
 from fivefold.evaluation.report import write_pictures
 from fivefold.evaluation.scored_rows import write_csv
 from fivefold.inference.submission_reader import has_labels_only, has_one_column, read_submission, system_name
+from fivefold.log import log
 from fivefold.predictions import mean_by_id
 
-log = logging.getLogger("fivefold")
 ALL_SUBMISSIONS = "all_experiments_submission_compare.csv"
 DIFFERENCES = "paired.csv"
 OPTIONAL = (ALL_SUBMISSIONS, DIFFERENCES, "model_acc.png", "correlation.png")

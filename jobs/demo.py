@@ -4,17 +4,15 @@ The first call writes the digits as 8×8 PNG files to data/demo. Then `submit` r
 on them as the run `demo`. Further KEY=VALUE are arguments of submit: settings, parallel=, runs=, --dry-run.
 """
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from fivefold.contract.files import atomic
+from fivefold.log import log
 
 from . import submit
-
-log = logging.getLogger("fivefold")
 
 DATA = Path("data/demo")
 LAST_TABLE = "gt.csv"

@@ -1,6 +1,5 @@
 """Distillation: train one student; each row's teacher is a fold model that was not trained on that row."""
 
-import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,11 +14,10 @@ from fivefold.data.split.fold_table import FoldTable
 from fivefold.distributed.process_group import ProcessGroup
 from fivefold.errors import DataError, SettingsError
 from fivefold.inference.ensemble_spec import check_members
+from fivefold.log import log
 from fivefold.stages import image_source
 from fivefold.stages.training_run import read_split, start_network, start_run
 from fivefold.training.loggers import stdout_logger
-
-log = logging.getLogger("fivefold")
 
 
 def main(job: StageContext, settings: Settings) -> StageResult:

@@ -1,6 +1,5 @@
 """The ensemble stage: every fold model predicts the test images, and the systems are blended."""
 
-import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -41,10 +40,9 @@ from fivefold.inference.systems import (
     score_holdout,
     score_systems,
 )
+from fivefold.log import log
 from fivefold.predictions import Predictions, reorder_classes
 from fivefold.stages.image_source import open_channel
-
-log = logging.getLogger("fivefold")
 
 ID_COLUMN = "ID"
 """The id column of the submission if there is no test table."""

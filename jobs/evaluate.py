@@ -1,7 +1,6 @@
 """The evaluate stage: score predictions with known truth; write figures, tables, plots and a self-contained report."""
 
 import json
-import logging
 import math
 from collections.abc import Mapping, Set
 from pathlib import Path
@@ -17,9 +16,8 @@ from fivefold.contract.stage_specs import METRICS, REPORT
 from fivefold.errors import MissingInputError
 from fivefold.evaluation import report, scored_rows
 from fivefold.evaluation.metrics import full_report
+from fivefold.log import log
 from fivefold.stages.evaluation_inputs import EvaluationInputs
-
-log = logging.getLogger("fivefold")
 
 WRONG_FILES = ("wrong_valid.csv", "wrong_test.csv")
 """Mistakes on rows that selected a model, and on rows that no model used. Only `predict` predicts training rows;

@@ -1,7 +1,6 @@
 """The evaluation stage (reference systems): accuracy and macro F1 of output.csv against gt.csv, as one line of JSON."""
 
 import json
-import logging
 
 from fivefold.config.schema import Settings
 from fivefold.contract.job import StageContext, StageResult
@@ -10,8 +9,7 @@ from fivefold.csv_tables import open_csv
 from fivefold.errors import MissingInputError
 from fivefold.evaluation.ground_truth import find_ground_truth_file, read_ground_truth, score_labels
 from fivefold.inference.submission_reader import read_submission
-
-log = logging.getLogger("fivefold")
+from fivefold.log import log
 
 
 def main(job: StageContext, settings: Settings) -> StageResult:

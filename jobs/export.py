@@ -1,7 +1,5 @@
 """The export stage: write a student, a fold model or a whole ensemble as one file for other programs."""
 
-import logging
-
 from fivefold import export
 from fivefold.config.schema import Settings
 from fivefold.contract.artifacts import find_all, find_models, find_one
@@ -11,10 +9,9 @@ from fivefold.contract.stage_specs import ENSEMBLE, EXPORT, RAW_WEIGHTS, WEIGHTS
 from fivefold.ensemble import EnsemblePredictor
 from fivefold.errors import SettingsError
 from fivefold.inference.ensemble_spec import find_ensemble
+from fivefold.log import log
 from fivefold.lookup import choose
 from fivefold.trained_model import load_model
-
-log = logging.getLogger("fivefold")
 
 
 def main(job: StageContext, settings: Settings) -> StageResult:

@@ -1,7 +1,5 @@
 """The inference stage (reference systems): predict with all models of the channel, and write output.csv as the sample requires."""
 
-import logging
-
 from fivefold import predictions
 from fivefold.config.schema import Settings
 from fivefold.contract.artifacts import find_models
@@ -14,10 +12,9 @@ from fivefold.inference.blending import mean
 from fivefold.inference.ensemble_spec import check_equal_field, group_by_system
 from fivefold.inference.factor_product import build_product, needs_product
 from fivefold.inference.submission import check_submission
+from fivefold.log import log
 
 from .ensemble import make_table, predict_each, save_submission, with_factor_labels
-
-log = logging.getLogger("fivefold")
 
 
 def main(job: StageContext, settings: Settings) -> StageResult:

@@ -1,7 +1,6 @@
 """The predict stage: classes of one image, a folder or a table of images; and the mistakes if the truth is known."""
 
 import json
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,11 +21,10 @@ from fivefold.errors import DataError
 from fivefold.evaluation.metrics import compute_metrics
 from fivefold.evaluation.scored_rows import ScoredRows, write_csv
 from fivefold.launchers.plan import new_run_name
+from fivefold.log import log
 from fivefold.predictions import Predictions
 from fivefold.stages.image_source import open_channel
 from fivefold.trained_model import ImageList
-
-log = logging.getLogger("fivefold")
 
 PARTS = ("train", "valid", "test")
 """Rows that the models trained on, rows that selected their best epoch, and new rows."""

@@ -1,7 +1,5 @@
 """The prepare stage: build the image cache, with every image of the split and of the test images decoded once."""
 
-import logging
-
 import numpy as np
 
 from fivefold.config.schema import Settings
@@ -14,8 +12,7 @@ from fivefold.data.pipeline.image_cache import make_image_files
 from fivefold.data.readers.eval_images import read_eval
 from fivefold.data.readers.stores import open_store
 from fivefold.data.split.fold_table import read_folds
-
-log = logging.getLogger("fivefold")
+from fivefold.log import log
 
 
 def main(job: StageContext, settings: Settings) -> StageResult:

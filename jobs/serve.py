@@ -9,10 +9,10 @@ s3://bucket/prefix), else SM_CHANNEL_MODEL, else SM_MODEL_DIR, else the student 
 """
 
 import asyncio
-import logging
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,14 +23,12 @@ from fivefold.contract.run_layout import run_path
 from fivefold.contract.s3.sync import SCRATCH
 from fivefold.contract.stage_specs import STAGES
 from fivefold.errors import MissingInputError
+from fivefold.log import log
 from fivefold.signals import defer_signals
 
 if TYPE_CHECKING:
     from fivefold.ensemble import EnsemblePredictor
 
-log = logging.getLogger("fivefold")
-
-PORT, HOST = "SAGEMAKER_BIND_TO_PORT", "FIVEFOLD_HOST"
 KEYS = ("recipe", "predict.device", "predict.tta", "serve")
 """The settings that serve uses; otherwise each model predicts with its own recipe."""
 
@@ -38,9 +36,7 @@ KEYS = ("recipe", "predict.device", "predict.tta", "serve")
 def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> int:
     """Serve until a signal raises StoppedError, as in any stage."""
     if {"-h", "--help"} & set(arguments):
-        print(
-            f"{__doc__.strip()}\n\nKeys, as arguments or environment variables (SERVE__PORT=8081):\n{describe_keys(KEYS)}"
-        )
+        print(f"{__doc__}\nKeys, as arguments or environment variables (SERVE__PORT=8081):\n{describe_keys(KEYS)}")
         return 0
     models = [argument for argument in arguments if normalize_key(argument.partition("=")[0]) == "model"]
     rest = [argument for argument in arguments if argument not in models]
@@ -55,15 +51,14 @@ def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> i
     with defer_signals(), tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
         with listen(settings.serve.host, settings.serve.port) as listener:
             log.info("listens at %s, loading %s", address(listener), path)
-            asyncio.run(
-                serve(listener, Service(settings.serve), lambda: load_served_model(path, settings, Path(scratch)))
-            )
+            load_model = partial(load_served_model, path, settings, Path(scratch))
+            asyncio.run(serve(listener, Service(settings.serve), load_model))
     return 0
 
 
 def platform_layers(environ: Mapping[str, str]) -> list[Layer]:
     """Return layers for the port that SageMaker assigns in a multi-container endpoint, and for the address that the image sets."""
-    variables = ((PORT, "serve.port"), (HOST, "serve.host"))
+    variables = (("SAGEMAKER_BIND_TO_PORT", "serve.port"), ("FIVEFOLD_HOST", "serve.host"))
     return [Layer(name, {key: environ[name]} if environ.get(name) else {}) for name, key in variables]
 
 
@@ -73,9 +68,7 @@ def model_path(environ: Mapping[str, str], settings: Settings) -> str:
     student = f"{run_path(settings.runs, settings.run)}/distill" if settings.run else ""
     path = environ.get("SM_CHANNEL_MODEL") or environ.get("SM_MODEL_DIR") or student
     if not path and not hosted.is_dir():
-        raise MissingInputError(
-            f"serve needs a model: set model=PATH or SM_CHANNEL_MODEL (SageMaker's folder {hosted} does not exist)"
-        )
+        raise MissingInputError(f"serve needs a model: set model=PATH or SM_CHANNEL_MODEL; {hosted} does not exist")
     return path or str(hosted)
 
 

@@ -1,6 +1,5 @@
 """The split stage: open every image once, and assign the rows to folds."""
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,9 +23,8 @@ from fivefold.data.split.fold_table import FoldTable, write_folds
 from fivefold.data.split.summary import FILES, SUMMARY, class_file_content, log_summary, summarise, write_parts
 from fivefold.errors import DataError
 from fivefold.inference.submission import check_submission
+from fivefold.log import log
 from fivefold.predictions import preview
-
-log = logging.getLogger("fivefold")
 
 
 def main(job: StageContext, settings: Settings) -> StageResult:

@@ -1,6 +1,5 @@
 """`python -m jobs submit KEY=VALUE...`: run a recipe's stages in order on a platform."""
 
-import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,10 +17,9 @@ from fivefold.launchers.plan import Inputs, make_plan, new_run_name, next_run_na
 from fivefold.launchers.sagemaker import launch as sagemaker
 from fivefold.launchers.sagemaker import local_mode
 from fivefold.launchers.status import write_plan
+from fivefold.log import log
 from fivefold.lookup import choose, did_you_mean
 from fivefold.stages.preflight import check_plan
-
-log = logging.getLogger("fivefold")
 
 split_at_commas = BeforeValidator(lambda text: [part.strip() for part in text.split(",") if part.strip()])
 Names = Annotated[list[str], split_at_commas]

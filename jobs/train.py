@@ -1,16 +1,14 @@
 """The train stage (reference systems): split by the recipe, and train one fold."""
 
-import logging
 from dataclasses import replace
 
 from fivefold.config.schema import Settings
 from fivefold.contract.job import StageContext, StageResult
 from fivefold.contract.stage_specs import STAGES
+from fivefold.log import log
 from fivefold.stages.training_run import start_network
 
 from . import split, train_fold
-
-log = logging.getLogger("fivefold")
 
 
 def main(job: StageContext, settings: Settings) -> StageResult:

@@ -1,17 +1,14 @@
 """The train-fold stage: train on the other folds' rows, and predict the fold's rows out-of-fold."""
 
-import logging
-
 from fivefold import build
 from fivefold.config.schema import Settings
 from fivefold.contract.job import StageContext, StageResult
 from fivefold.errors import SettingsError
+from fivefold.log import log
 from fivefold.stages import image_source
 from fivefold.stages.training_run import read_split, start_network, start_run
 from fivefold.training.loggers import stdout_logger
 from fivefold.training.trainer import TrainData
-
-log = logging.getLogger("fivefold")
 
 
 def main(job: StageContext, settings: Settings) -> StageResult:

@@ -1,6 +1,5 @@
 """`ImageClassificationAPI`: predict with a trained model in another program; an unreadable image never raises."""
 
-import logging
 import os
 import tempfile
 import time
@@ -18,9 +17,8 @@ from fivefold.contract.files import tree_files
 from fivefold.data.readers.user_images import InMemoryStore
 from fivefold.ensemble import EnsemblePredictor, PredictionBatch, load_ensemble
 from fivefold.errors import MissingInputError
+from fivefold.log import log
 from fivefold.trained_model import ImageList
-
-log = logging.getLogger("fivefold")
 
 ERROR = "ERROR"
 """The predicted class of an image that cannot be read, with a confidence of 0."""

@@ -1,6 +1,5 @@
 """Build objects from settings: network, datasets, training loop. Lower layers do not read settings."""
 
-import logging
 import math
 from collections.abc import Sequence
 from contextlib import suppress
@@ -29,6 +28,7 @@ from fivefold.execution import precision_name as precision_name
 from fivefold.execution import resolve_precision as resolve_precision
 from fivefold.inference.predictor import Runtime
 from fivefold.inference.tta import build_views
+from fivefold.log import log
 from fivefold.lookup import choose, require_packages
 from fivefold.models.backbones import build_backbone, count_features
 from fivefold.models.classifier import Classifier, Standardize, build_head
@@ -60,8 +60,6 @@ from fivefold.training.optim import (
 )
 from fivefold.training.steps import build_scaler, build_update
 from fivefold.training.trainer import MONITORS, LoopConfig, TrainData, Trainer, ValidData
-
-log = logging.getLogger("fivefold")
 
 
 def build_classifier(model: Model, classes: int) -> Classifier:

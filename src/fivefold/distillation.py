@@ -4,7 +4,6 @@ Leak-free means that the target of a row comes from a model that was not trained
 tables. No fold was trained on unlabelled images, so all folds can predict their targets.
 """
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +26,12 @@ from fivefold.errors import DataError, MissingInputError, SettingsError
 from fivefold.inference.blending import mean
 from fivefold.inference.predictor import Runtime
 from fivefold.inference.tta import build_views, deduplicate
+from fivefold.log import log
 from fivefold.predictions import Predictions, preview, reorder_classes
 from fivefold.trained_model import ImageList, SharedEvalImages, load_model
 from fivefold.training.objectives import Teacher
 from fivefold.training.trainer import TrainData
 
-log = logging.getLogger("fivefold")
 TEACHERS = ("oof", "best_fold", "ensemble")
 
 

@@ -1,8 +1,8 @@
 """Predict with loaded models in memory: a fold model, a student, or an ensemble with its weights."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +10,19 @@ import numpy as np
 
 from fivefold.contract.artifacts import ModelDir, find_all, find_models
 from fivefold.contract.stage_specs import ENSEMBLE
-from fivefold.data.image_io import DecodeOptions
+from fivefold.data.image_io import DecodeOptions, map_in_threads
 from fivefold.data.pipeline.dataset import Batch, ImageDataset
 from fivefold.data.split.fold_table import FoldTable
 from fivefold.errors import DataError
 from fivefold.inference.ensemble_spec import EnsembleSpec, find_ensemble
 from fivefold.predictions import reorder_classes
 from fivefold.progress import track
-from fivefold.system import count_cores
 from fivefold.trained_model import ImageList, TrainedModel, load_model
 
 PreparedImage = dict[str, Batch]
 """A preprocessed image, by the preprocessing key of the models."""
 CHUNK_IMAGES = 32
-"""Images per chunk: one chunk is predicted while the next is prepared."""
+"""Images that are predicted together, while threads prepare the next ones."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class EnsemblePredictor:
         return self.ensemble.blend(log_probs)
 
     def _prepare_chunks(self, files: ImageList) -> Iterator[dict[int, PreparedImage | str]]:
-        """Yield chunks of rows, each preprocessed or with the reason why it cannot be read; prepare a chunk ahead."""
+        """Yield chunks of rows, each preprocessed or with the reason why it cannot be read; threads prepare the next rows."""
         sets = [
             ImageDataset(files.store, files.paths, lambda image: image, sha256=files.sha256, decode_options=options)
             for options in self.decode_options
@@ -99,14 +98,9 @@ class EnsemblePredictor:
             except DataError as error:
                 return str(error)
 
-        rows = range(len(files.paths))
-        chunks = [rows[start : start + CHUNK_IMAGES] for start in rows[::CHUNK_IMAGES]]
-        with ThreadPoolExecutor(count_cores()) as pool:
-            pending = None
-            for chunk in [*chunks, None]:
-                ready, pending = pending, chunk and (chunk, pool.map(prepare, chunk))
-                if ready:
-                    yield dict(zip(*ready, strict=True))
+        prepared = enumerate(map_in_threads(prepare, range(len(files.paths))))
+        while chunk := dict(islice(prepared, CHUNK_IMAGES)):
+            yield chunk
 
 
 def load_ensemble(folder: Path, scratch: Path, explicit: Mapping[str, Any]) -> EnsemblePredictor:

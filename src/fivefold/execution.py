@@ -19,11 +19,11 @@ from fivefold.contract.files import folder_lock, read_json, write_json
 from fivefold.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from fivefold.errors import DataError, SettingsError
 from fivefold.inference.predictor import Runtime, make_runtime
+from fivefold.log import log
 from fivefold.lookup import choose
 from fivefold.models.cpu_convs import has_slow_grouped_convs, use_fast_convs
 from fivefold.system import TICK, count_cores, count_cpus, other_cpu_seconds
 
-log = logging.getLogger("fivefold")
 RUNTIME = "runtime"
 """The key of a run's precision and memory format (`PrecisionState`) in a checkpoint."""
 PRECISIONS: dict[str, tuple[torch.dtype | None, bool]] = {

@@ -4,7 +4,6 @@ The ONNX graph contains the whole prediction after reading and resizing an image
 """
 
 import json
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,11 @@ from fivefold.data.pipeline.dataset import count_stats
 from fivefold.ensemble import EnsemblePredictor
 from fivefold.errors import FivefoldError, SettingsError
 from fivefold.inference.tta import View, build_views
+from fivefold.log import log
 from fivefold.lookup import require_packages
 from fivefold.models.classifier import LINKS
 from fivefold.trained_model import TrainedModel
 
-log = logging.getLogger("fivefold")
 MAX_BYTES = 2_000_000_000
 """ONNX files are protobuf, which has a limit of 2 GiB."""
 TOLERANCE = 1e-4

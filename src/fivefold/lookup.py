@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from importlib.util import find_spec
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fivefold.errors import SettingsError
 
@@ -16,6 +16,14 @@ def choose(table: Mapping[str, T], kind: str, name: str) -> T:
         return table[name]
     known = ", ".join(sorted(table))
     raise SettingsError(f"unknown {kind} {name!r}{did_you_mean(name, table)}; known: {known}")
+
+
+def parse_spec(spec: str | Mapping[str, Any], table: Mapping[str, Any], kind: str) -> tuple[str, dict[str, Any]]:
+    """Return name and parameters of a spec: a name in `table`, or a table with `name` and parameters. Raise as `choose` does."""
+    parameters = {"name": spec} if isinstance(spec, str) else dict(spec)
+    name = str(parameters.pop("name", ""))
+    choose(table, kind, name)
+    return name, parameters
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -8,10 +8,10 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from fivefold.log import log
 from fivefold.signals import raise_if_stopped
 
 T = TypeVar("T")
-log = logging.getLogger("fivefold")
 LOG_INTERVAL_S = 15.0
 MIB = 2**20
 

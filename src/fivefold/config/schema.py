@@ -409,6 +409,10 @@ class Settings(Section):
         train = Train.model_validate({**self.train.model_dump(), **self.distill.train})
         return self.model_copy(update={"model": model, "train": train})
 
+    def of_stage(self, stage: str) -> "Settings":
+        """Return the settings of a stage that trains: for `distill` those of the student."""
+        return self.student() if stage == "distill" else self
+
 
 SECTIONS = {name for name, field in Settings.model_fields.items() if isinstance(field.default, Section)}
 EXECUTION_KEYS = {"stage", "run", "runs", "on_version_change", "data.cache", "data.cache_gib", "data.max_unpacked_gib"}

@@ -4,7 +4,6 @@ import errno
 import fcntl
 import hashlib
 import json
-import logging
 import os
 import secrets
 import shutil
@@ -19,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from fivefold.errors import DataError, RetryableError, SettingsError
+from fivefold.log import log
 from fivefold.progress import MIB
 from fivefold.signals import raise_if_stopped
-
-log = logging.getLogger("fivefold")
 
 STALE_AFTER_S = 900.0
 POLL_INTERVAL_S = 0.1

@@ -6,7 +6,6 @@ the old record first, so that a killed stage never looks finished.
 
 import hashlib
 import json
-import logging
 import os
 import platform
 import re
@@ -30,8 +29,7 @@ from fivefold.contract.files import read_json, sha256, sha256_cached, tree_sha25
 from fivefold.contract.job import StageContext
 from fivefold.contract.stage_specs import RECORD
 from fivefold.errors import DataError
-
-log = logging.getLogger("fivefold")
+from fivefold.log import log
 
 IMAGE_VARIABLE = "FIVEFOLD_IMAGE"
 """Variable with the digest of the container's image, if the user sets it."""

@@ -6,7 +6,6 @@ pass the gradients of all processes are summed.
 """
 
 import io
-import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,10 +20,10 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from fivefold.distributed.ranks import MIN_ROWS_PER_RANK, SINGLE_RANK, Rank
 from fivefold.errors import PeerLostError, SettingsError, StoppedError
+from fivefold.log import log
 from fivefold.signals import raise_if_stopped
 
 T = TypeVar("T")
-log = logging.getLogger("fivefold")
 
 RENDEZVOUS_TIMEOUT = timedelta(minutes=30)
 """A process that does not respond for longer counts as lost. The others wait while rank 0 saves and uploads results."""

@@ -1,6 +1,5 @@
 """Ground truth: read true classes from a CSV, and score predictions and answers against them."""
 
-import logging
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +19,8 @@ from fivefold.csv_tables import (
     open_csv,
 )
 from fivefold.errors import DataError, MissingInputError
+from fivefold.log import log
 from fivefold.predictions import Predictions, preview
-
-log = logging.getLogger("fivefold")
 
 
 def find_ground_truth_file(where: Path) -> Path:

@@ -1,6 +1,5 @@
 """An ensemble: which models can be combined, how they are blended, and the content of `ensemble.json`. No torch."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +14,7 @@ from fivefold.errors import DataError
 from fivefold.evaluation.metrics import apply_temperature
 from fivefold.inference.blending import apply_blend, equal_weights
 from fivefold.inference.factor_product import needs_product
-
-log = logging.getLogger("fivefold")
+from fivefold.log import log
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 A column holds the probability of its class, or the only column holds the probability of one class, class names or numbers.
 """
 
-import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from fivefold.csv_tables import CLASS_NAMES, check_same_ids, is_number
 from fivefold.data.class_aliases import ClassAliases
 from fivefold.data.readers.eval_images import EvalImages, SampleSubmission, check_rows
 from fivefold.errors import DataError, SettingsError
+from fivefold.log import log
 from fivefold.predictions import Predictions, preview
 
 NO_ALIASES = ClassAliases()
@@ -40,8 +40,6 @@ NOT = r"(?:no|not|non|without)[ -]*"
 """A prefix that turns the name of the positive class into the name of the negative class."""
 DIGITS = "%.9g"
 """The format of a probability in a submission: nine digits."""
-
-log = logging.getLogger("fivefold")
 
 
 @dataclass(frozen=True)

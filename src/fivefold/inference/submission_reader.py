@@ -1,6 +1,5 @@
 """Read submission files of any origin as predictions, matched by id and class name, never by position. No torch."""
 
-import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,9 +24,8 @@ from fivefold.data.readers.eval_images import SampleSubmission
 from fivefold.errors import DataError
 from fivefold.evaluation.metrics import FLOOR
 from fivefold.inference.submission import NO_ALIASES, AnswerFormat, detect_format, match_columns, match_name
+from fivefold.log import log
 from fivefold.predictions import Predictions, preview, read, read_system
-
-log = logging.getLogger("fivefold")
 
 SUM_TOLERANCE = 0.1
 """Fivefold warns if a row's sum differs from 1, or relatively from 100, by more than this."""

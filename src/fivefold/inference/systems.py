@@ -5,7 +5,6 @@ weights can be fitted between folds. Between systems that share one split, conve
 the out-of-fold rows. Their score is cross-fitted: the weights are refitted without each fold.
 """
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,10 +14,9 @@ import numpy as np
 from fivefold.csv_tables import check_same_ids
 from fivefold.evaluation.metrics import compute_metrics, cross_fit_temperature, fit_temperature
 from fivefold.inference.blending import BLENDS, apply_blend, cross_fit, equal_weights, weights_by_name
+from fivefold.log import log
 from fivefold.lookup import choose
 from fivefold.predictions import Predictions, mean_by_id
-
-log = logging.getLogger("fivefold")
 
 MIN_HOLDOUT_ROWS = 50
 """Fewer rows are too few to fit a temperature."""

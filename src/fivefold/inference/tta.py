@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fivefold.config.schema import Spec
 from fivefold.errors import SettingsError
-from fivefold.lookup import choose
+from fivefold.lookup import choose, parse_spec
 
 View = Callable[[Tensor], Tensor]
 """A transform of normalised images [B, 3, H, W] that keeps their shape and memory format."""
@@ -41,9 +41,8 @@ def build_views(specs: Sequence[Spec], black: Tensor | float = 0.0) -> list[View
 
 def identity(spec: Spec) -> tuple[str, tuple[tuple[str, Hashable], ...]]:
     """Return the view's name with all its parameters, defaults included; equal for specs that mean the same."""
-    parameters = {"name": spec} if isinstance(spec, str) else dict(spec)
-    name = str(parameters.pop("name", ""))
-    _, defaults = choose(VIEWS, "view", name)
+    name, parameters = parse_spec(spec, VIEWS, "view")
+    defaults = VIEWS[name][1]
     for key, value in parameters.items():
         choose(defaults, f"parameter of view {name!r}:", key)
         _check(name, key, value)

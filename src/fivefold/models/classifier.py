@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fivefold.errors import SettingsError
-from fivefold.lookup import choose
+from fivefold.lookup import choose, parse_spec
 
 MIN_STD = 1e-6
 """A standard deviation below this is a rounding error."""
@@ -70,11 +70,9 @@ def build_head(spec: str | dict[str, Any], features: int, classes: int, dropout:
     A spec is a name, or a table with `name` and the head's parameters; `dropout` is the default for a spec without it.
     Raise a SettingsError for an unknown name or parameter, or an invalid value.
     """
-    parameters = {"name": spec} if isinstance(spec, str) else dict(spec)
-    name = str(parameters.pop("name", ""))
-    make = choose(HEADS, "head", name)
+    name, parameters = parse_spec(spec, HEADS, "head")
     try:
-        return make(features, classes, **{"dropout": dropout, **parameters})
+        return HEADS[name](features, classes, **{"dropout": dropout, **parameters})
     except (TypeError, ValueError, RuntimeError) as error:
         raise SettingsError(f"head {name!r} with {parameters}: {error}") from error
 

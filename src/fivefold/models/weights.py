@@ -1,6 +1,5 @@
 """Weights on disk: save and load models as safetensors, and initialise backbones from checkpoints of other programs."""
 
-import logging
 import sys
 import warnings
 from collections import Counter
@@ -15,9 +14,9 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from fivefold.errors import DataError, MissingInputError, SettingsError
+from fivefold.log import log
 from fivefold.models.safe_pickle import read_torch_file
 
-log = logging.getLogger("fivefold")
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Name parts that torch inserts anywhere if a network is compiled, sharded or uses activation checkpointing."""
 AVERAGED = {"ema", "swa", "teacher", "averaged"}

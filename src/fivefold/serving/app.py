@@ -1,11 +1,10 @@
 """The paths of the server: `POST /invocations`, `GET /ping`, `GET /metrics`."""
 
 import asyncio
-import logging
 import time
 from collections.abc import Coroutine
 from contextlib import suppress
-from typing import TypeVar
+from typing import Any
 
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from starlette.applications import Starlette
@@ -15,32 +14,16 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from fivefold.serving.protocol import (
-    RENDERERS,
-    Prediction,
-    RefusedError,
-    is_list,
-    negotiate_type,
-    parse_top,
-    reject_content_encoding,
-    too_large,
-)
+from fivefold.log import log
+from fivefold.serving.protocol import RefusedError, is_list, negotiate_type, parse_top, reject_compressed, too_large
 from fivefold.serving.service import Service
-
-log = logging.getLogger("fivefold")
-
-T = TypeVar("T")
-CLIENT_CLOSED = 499
-"""The status in the counters for a request whose client disconnected; it is never sent."""
-DRAIN_BODY_S = 2.0
-"""The server drains a rejected body for this long, so that the client reads the error."""
 
 
 class EarlyResponse(JSONResponse):
     """The response to a request whose body was not read to its end.
 
-    It is sent at once, then the remaining body is discarded for a while: closing a connection with unread bytes resets
-    it, and the client would lose the response.
+    It is sent at once, then the remaining body is discarded for two seconds: closing a connection with unread bytes
+    resets it, and the client would lose the response.
     """
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -48,7 +31,7 @@ class EarlyResponse(JSONResponse):
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         await send({"type": "http.response.body", "body": self.body, "more_body": True})
         with suppress(TimeoutError):
-            async with asyncio.timeout(DRAIN_BODY_S):
+            async with asyncio.timeout(2.0):
                 while (await receive()).get("more_body", False):
                     pass
         await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -72,11 +55,7 @@ def build_app(service: Service) -> Starlette:
             response.headers["Connection"] = "close"
         return response
 
-    routes = [
-        Route("/ping", ping),
-        Route("/metrics", metrics),
-        Route("/invocations", invocations, methods=["POST"]),
-    ]
+    routes = [Route("/ping", ping), Route("/metrics", metrics), Route("/invocations", invocations, methods=["POST"])]
     return Starlette(routes=routes, exception_handlers={HTTPException: handle_http_error})
 
 
@@ -84,9 +63,9 @@ async def handle(service: Service, request: Request) -> Response:
     """Return the response to one request, including errors."""
     read = False
     try:
-        reject_content_encoding(request.headers.get("content-encoding", ""))
+        reject_compressed(request.headers.get("content-encoding", ""))
         many = is_list(request.headers.get("content-type", ""))
-        form = negotiate_type(request.headers.get("accept", ""))
+        content_type = negotiate_type(request.headers.get("accept", ""))
         if int(request.headers.get("content-length", "0")) > service.max_body:  # h11 has checked that it is a number
             raise too_large(service.max_body)
         service.check_capacity()
@@ -95,16 +74,15 @@ async def handle(service: Service, request: Request) -> Response:
             read = True
             files = await service.read(body, many)
             with service.admission(len(files)):
-                rows = await cancel_on_disconnect(request, service.predict(files, many))
-                prediction = Prediction(service.model.classes, rows, top, many)
-                return Response(await service.render(RENDERERS[form], prediction), media_type=form)
+                log_probs = await cancel_on_disconnect(request, service.predict(files, many))
+                return Response(await service.render(content_type, log_probs, top, many), media_type=content_type)
     except RefusedError as error:
         refused = error
     except TimeoutError:
         limit = service.limits.timeout_s
         refused = RefusedError(503, f"no response within {limit:g} s (serve.timeout_s): try again later")
     except ClientDisconnect:
-        return Response(status_code=CLIENT_CLOSED)
+        return Response(status_code=499)  # only for the counters: it is never sent
     except asyncio.CancelledError:
         if not service.draining:
             raise
@@ -113,10 +91,10 @@ async def handle(service: Service, request: Request) -> Response:
         log.exception("a request failed")
         refused = RefusedError(500, f"internal server error: {type(error).__name__}")
     headers = {"Retry-After": "1"} if refused.status == 503 else {}
-    return (JSONResponse if read else EarlyResponse)(refused.as_json(), refused.status, headers)
+    return (JSONResponse if read else EarlyResponse)(refused.content, refused.status, headers)
 
 
-async def cancel_on_disconnect(request: Request, work: Coroutine[None, None, T]) -> T:
+async def cancel_on_disconnect(request: Request, work: Coroutine[None, None, Any]) -> Any:
     """Return the result of the work; if the client disconnects first, cancel the work and raise a ClientDisconnect."""
     working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(request.receive())
     try:

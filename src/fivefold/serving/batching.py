@@ -1,7 +1,6 @@
 """Dynamic batching: one thread runs the model on batches of images from concurrent requests."""
 
 import asyncio
-import logging
 import threading
 import time
 from collections import deque
@@ -10,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-log = logging.getLogger("fivefold")
+from fivefold.log import log
 
 MAX_FAILURES = 3
 """After this many consecutive failed batches the model counts as broken."""

@@ -5,17 +5,14 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 MILLION = 1e6
-JSON = "application/json"
+JSON, CSV = "application/json", "text/csv"
 BINARY = ("application/octet-stream", "application/x-image")
 """Content types of a body that is an image file, besides `image/*`."""
-DIGITS = 7
-"""Significant digits of a probability: the precision of its 32 bits."""
 
 
 class RefusedError(Exception):
@@ -23,11 +20,7 @@ class RefusedError(Exception):
 
     def __init__(self, status: int, message: str, image: int | None = None) -> None:
         super().__init__(message)
-        self.status, self.image = status, image
-
-    def as_json(self) -> dict[str, str | int]:
-        """Return the body of the response."""
-        return {"error": str(self)} | ({} if self.image is None else {"image": self.image})
+        self.status, self.content = status, {"error": message} | ({} if image is None else {"image": image})
 
 
 def is_list(content_type: str) -> bool:
@@ -36,28 +29,15 @@ def is_list(content_type: str) -> bool:
     A body without a type counts as an image.
     """
     plain = content_type.partition(";")[0].strip().lower()
-    if plain == JSON:
-        return True
-    if plain and plain not in BINARY and not plain.startswith("image/"):
-        raise RefusedError(
-            415,
-            f"the Content-Type is {plain!r}: send an image as image/jpeg, image/png, another image type or "
-            f"application/octet-stream, or a list of images as {JSON}",
-        )
-    return False
+    if plain and plain not in (JSON, *BINARY) and not plain.startswith("image/"):
+        raise RefusedError(415, f"the Content-Type is {plain!r}: send an image as image/* or a list as {JSON}")
+    return plain == JSON
 
 
-def reject_content_encoding(encoding: str) -> None:
+def reject_compressed(encoding: str) -> None:
     """Raise a RefusedError (415) for a compressed body, e.g. gzip: image files are already compressed."""
     if encoding.strip().lower() not in ("", "identity"):
         raise RefusedError(415, f"the body is compressed (Content-Encoding: {encoding}): send it uncompressed")
-
-
-def read_image(body: bytes) -> list[bytes]:
-    """Return the body as the only image file; raise a RefusedError (400) if it is empty."""
-    if not body:
-        raise RefusedError(400, "the body is empty: send the bytes of an image file")
-    return [body]
 
 
 def read_list(body: bytes) -> list[bytes]:
@@ -67,8 +47,7 @@ def read_list(body: bytes) -> list[bytes]:
     except (RecursionError, ValueError) as error:
         raise RefusedError(400, f"the body is not JSON: {error}") from None
     if not isinstance(content, list):
-        kind = type(content).__name__
-        raise RefusedError(400, f'the body is JSON of type {kind}: send a list of images in base64, ["…", "…"]')
+        raise RefusedError(400, 'the body is not a list: send images in base64, ["…", "…"]')
     return [_decode_base64(text, index) for index, text in enumerate(content)]
 
 
@@ -84,53 +63,37 @@ def too_large(limit: float) -> RefusedError:
     return RefusedError(413, f"the body is larger than {limit / MILLION:g} MB (serve.max_body_mb): send a smaller one")
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """The prediction of N images: `log_probs` float32 [N, C] of `classes`; the response has the `top` most probable.
-
-    `is_list`: whether the request was a list, so that the response is a list too.
-    """
-
-    classes: Sequence[str]
-    log_probs: np.ndarray
-    top: int
-    is_list: bool
-
-    def probabilities(self) -> list[dict[str, float]]:
-        """Return the `top` most probable classes of each image with their probabilities, the most probable first."""
-        order = np.argsort(-self.log_probs, axis=1, kind="stable")[:, : self.top]
-        values = np.minimum(np.exp(np.take_along_axis(self.log_probs, order, axis=1).astype(np.float64)), 1.0)
-        return [
-            {self.classes[code]: float(f"{value:.{DIGITS}g}") for code, value in zip(codes, row, strict=True)}
-            for codes, row in zip(order.tolist(), values.tolist(), strict=True)
-        ]
-
-
-def render_json(prediction: Prediction) -> bytes:
-    """Return `{"predicted_class", "confidence", "probabilities": {class: p}}` for an image, or a list of these."""
-    answers = []
-    for probabilities in prediction.probabilities():
-        best, confidence = next(iter(probabilities.items()))
-        answers.append({"predicted_class": best, "confidence": confidence, "probabilities": probabilities})
-    return json.dumps(answers if prediction.is_list else answers[0], ensure_ascii=False, separators=(",", ":")).encode()
-
-
-def render_csv(prediction: Prediction) -> bytes:
-    """Return the header `predicted_class,confidence` and one row per image."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["predicted_class", "confidence"])
-    writer.writerows(next(iter(probabilities.items())) for probabilities in prediction.probabilities())
-    return text.getvalue().encode()
-
-
 def negotiate_type(accept: str) -> str:
-    """Return the first of RENDERERS that an Accept header allows, JSON if it is empty; raise a RefusedError (406) for none."""
+    """Return the first of JSON and CSV that an Accept header allows, JSON if it is empty; raise a RefusedError (406) for none."""
     for name in (part.partition(";")[0].strip().lower() for part in (accept or "*/*").split(",")):
-        for known in RENDERERS:
+        for known in (JSON, CSV):
             if name in (known, "*/*", f"{known.partition('/')[0]}/*"):
                 return known
-    raise RefusedError(406, f"Accept is {accept!r}: the response types are {' or '.join(RENDERERS)}")
+    raise RefusedError(406, f"Accept is {accept!r}: the response types are {JSON} and {CSV}")
+
+
+def render(content_type: str, classes: Sequence[str], log_probs: np.ndarray, top: int, many: bool) -> bytes:
+    """Return the response for N images: `log_probs` float32 [N, C] of `classes`.
+
+    JSON: class, confidence and the `top` most probable classes, most probable first; `many`: a list of these.
+    CSV: the header `predicted_class,confidence` and one row per image.
+    """
+    order = np.argsort(-log_probs, axis=1, kind="stable")[:, :top]
+    values = np.minimum(np.exp(np.take_along_axis(log_probs, order, axis=1).astype(np.float64)), 1.0)
+    images = [  # seven digits are the precision of 32 bits
+        {classes[code]: float(f"{value:.7g}") for code, value in zip(codes, row, strict=True)}
+        for codes, row in zip(order.tolist(), values.tolist(), strict=True)
+    ]
+    best = [next(iter(probabilities.items())) for probabilities in images]
+    if content_type == CSV:
+        text = io.StringIO(newline="")
+        csv.writer(text, lineterminator="\n").writerows([("predicted_class", "confidence"), *best])
+        return text.getvalue().encode()
+    answers = [
+        {"predicted_class": name, "confidence": confidence, "probabilities": probabilities}
+        for (name, confidence), probabilities in zip(best, images, strict=True)
+    ]
+    return json.dumps(answers if many else answers[0], ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def _decode_base64(text: object, index: int) -> bytes:
@@ -147,6 +110,3 @@ def _decode_base64(text: object, index: int) -> bytes:
     if not content:
         raise RefusedError(400, f"image {index} of the list is empty", index)
     return content
-
-
-RENDERERS: dict[str, Callable[[Prediction], bytes]] = {"application/json": render_json, "text/csv": render_csv}

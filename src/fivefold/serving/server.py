@@ -1,7 +1,6 @@
 """The server: listen, load the model, answer requests until a signal, then finish the requests in flight."""
 
 import asyncio
-import logging
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
@@ -11,21 +10,13 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fivefold.errors import SettingsError
+from fivefold.log import log
 from fivefold.serving.app import build_app
 from fivefold.serving.service import Service
 from fivefold.signals import raise_if_stopped
 
-log = logging.getLogger("fivefold")
-
-KEEP_ALIVE_S = 65
-"""Maximum idle time of a connection: longer than the 60 s after which proxies close theirs."""
-BACKLOG = 2048
-CLOSE_DELAY_S = 0.25
-"""Delay between the last accept and closing idle connections, so that requests in transit still arrive."""
 READ_TIMEOUT_S = 30.0
 """Time for a client to read a response; the kernel buffers some megabytes of it."""
-POLL_INTERVAL_S = 0.05
-"""Interval between two checks for a signal."""
 
 
 class Connection(H11Protocol):
@@ -71,7 +62,7 @@ class Server(uvicorn.Server):
         """Stop accepting; every accepted connection may still send its request and get its response."""
         for server in self.servers:
             server.close()
-        await asyncio.sleep(CLOSE_DELAY_S)
+        await asyncio.sleep(0.25)  # so that requests in transit still arrive on idle connections
         await super().shutdown(sockets)
 
 
@@ -79,7 +70,7 @@ def listen(host: str, port: int) -> socket.socket:
     """Open the socket that the server listens at; raise a SettingsError if that fails."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=BACKLOG, dualstack_ipv6=host == "::")
+        return socket.create_server((host, port), family=family, backlog=2048, dualstack_ipv6=host == "::")
     except (OSError, OverflowError) as error:
         raise SettingsError(f"serve.host={host} serve.port={port}: cannot listen there: {error}") from error
 
@@ -106,9 +97,10 @@ async def serve(listener: socket.socket, service: Service, load: Callable[[], An
 @asynccontextmanager
 async def running(listener: socket.socket, service: Service) -> AsyncIterator[asyncio.Future[None]]:
     """Run the server during the block; then accept no more requests, and finish those in flight in `serve.drain_s` seconds."""
+    # Idle connections stay longer than the 60 s after which proxies close theirs.
     config = uvicorn.Config(
         build_app(service), http=Connection, ws="none", loop="asyncio", lifespan="off", log_config=None, log_level="warning",
-        access_log=False, server_header=False, proxy_headers=False, timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=service.limits.drain_s,
+        access_log=False, server_header=False, proxy_headers=False, timeout_keep_alive=65, timeout_graceful_shutdown=service.limits.drain_s,
         limit_concurrency=service.limits.max_connections,
     )  # fmt: skip
     server = Server(config)
@@ -130,4 +122,4 @@ async def wait_for_stop(*unless: asyncio.Future) -> None:
     """Wait for a signal and raise StoppedError, or return when one of `unless` is done."""
     while not any(future.done() for future in unless):
         raise_if_stopped()
-        await asyncio.sleep(POLL_INTERVAL_S)
+        await asyncio.sleep(0.05)

@@ -12,7 +12,7 @@ from fivefold.config.schema import Serve
 from fivefold.data.image_io import decoded_size
 from fivefold.errors import DataError
 from fivefold.serving.batching import Batcher
-from fivefold.serving.protocol import MILLION, Prediction, RefusedError, read_image, read_list, too_large
+from fivefold.serving.protocol import MILLION, RefusedError, read_list, render, too_large
 from fivefold.serving.workers import Workers
 from fivefold.system import count_cores
 
@@ -24,7 +24,6 @@ MIN_BYTES_PER_S = 10_000.0
 if TYPE_CHECKING:
     from fivefold.ensemble import EnsemblePredictor
 
-IMAGES_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 disable_created_metrics()
 
 
@@ -33,14 +32,12 @@ class Metrics:
 
     def __init__(self, images: Callable[[], int]) -> None:
         self.registry = registry = CollectorRegistry()
-        requests = "requests to /invocations by response status"
-        self._requests = Counter("fivefold_requests", requests, ["status"], registry=registry)
+        self._requests = Counter("fivefold_requests", "requests by response status", ["status"], registry=registry)
         in_flight = Gauge("fivefold_images_under_way", "images of requests in flight", registry=registry)
         in_flight.set_function(images)
-        seconds = "seconds from a request's header to its response"
-        self._seconds = Histogram("fivefold_request_seconds", seconds, registry=registry)
-        images_per_batch = "images per batch of the model"
-        self.batches = Histogram("fivefold_batch_images", images_per_batch, buckets=IMAGES_BUCKETS, registry=registry)
+        self._seconds = Histogram("fivefold_request_seconds", "seconds from header to response", registry=registry)
+        buckets = [2**power for power in range(9)]
+        self.batches = Histogram("fivefold_batch_images", "images per batch", buckets=buckets, registry=registry)
 
     def count_request(self, status: int, seconds: float) -> None:
         self._requests.labels(status).inc()
@@ -60,11 +57,7 @@ class Service:
         self.metrics = Metrics(lambda: self.images)
         self.model: EnsemblePredictor | None = None
         self.draining = False
-        self.requests = 0
-        self.images = 0
-        self.bodies = 0
-        self._workers: Workers | None = None
-        self._batcher: Batcher | None = None
+        self.requests = self.images = self.bodies = 0
 
     def open(self, model: "EnsemblePredictor") -> None:
         """Start to accept requests. One thread runs the model with all torch threads; image threads use one torch thread each."""
@@ -84,16 +77,15 @@ class Service:
 
     def close(self) -> None:
         """End the threads; no method may be called afterwards."""
-        if self._workers is not None:
+        if self.model is not None:
             self._workers.close()
-        if self._batcher is not None:
             self._batcher.close()
 
     def state(self) -> str:
         """Return `ready`, or why the service is not ready."""
         if self.draining:
             return "draining"
-        if self.model is None or self._batcher is None or self._workers is None:
+        if self.model is None:
             return "loading"
         healthy = self._batcher.healthy and not self._workers.stalled(self.limits.timeout_s)
         return "ready" if healthy else "failing"
@@ -147,7 +139,9 @@ class Service:
 
     async def read(self, body: bytes, many: bool) -> list[bytes]:
         """Return the image files of a body; a list is parsed in another thread, so that other requests need not wait."""
-        return await self._workers.start(len(body), read_list, body) if many else read_image(body)
+        if not body:
+            raise RefusedError(400, "the body is empty")
+        return await self._workers.start(len(body), read_list, body) if many else [body]
 
     async def predict(self, files: Sequence[bytes], many: bool) -> np.ndarray:
         """Return log p float32 [N, C] of the images in order; raise a RefusedError (422) for the first invalid or too large one."""
@@ -159,9 +153,10 @@ class Service:
         rows = await asyncio.gather(*(self._batcher.submit(image) for image in prepared))
         return np.stack(rows) if rows else np.empty((0, len(self.model.classes)), np.float32)
 
-    async def render(self, form: Callable[[Prediction], bytes], prediction: Prediction) -> bytes:
+    async def render(self, content_type: str, log_probs: np.ndarray, top: int, many: bool) -> bytes:
         """Return the body of a response; a list, which may have many classes, is rendered in another thread."""
-        return await self._workers.start(0, form, prediction) if prediction.is_list else form(prediction)
+        arguments = content_type, self.model.classes, log_probs, top, many
+        return await self._workers.start(0, render, *arguments) if many else render(*arguments)
 
     async def _prepare(self, file: bytes, index: int | None) -> Any:
         name = "the image" if index is None else f"image {index} of the list"

@@ -16,8 +16,6 @@ PIXEL_BYTES = 20
 """Maximum memory per pixel during decoding."""
 SMALL_PIXELS = 1_000_000
 """An image with at most this many pixels may use the last idle thread."""
-JOIN_TIMEOUT_S = 1.0
-"""`close` waits this long for the threads; one that is stuck in a decoder ends with the process."""
 
 
 class Workers:
@@ -54,12 +52,12 @@ class Workers:
         return self._idle < len(self._threads) and time.monotonic() - self._last_done > seconds
 
     def close(self) -> None:
-        """End the threads without starting the queued tasks."""
+        """End the threads without starting the queued tasks. A thread that is stuck in a decoder ends with the process."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
         for thread in self._threads:
-            thread.join(JOIN_TIMEOUT_S / len(self._threads))
+            thread.join(1.0 / len(self._threads))
 
     def _work(self) -> None:
         import torch

@@ -1,6 +1,5 @@
 """The inputs of the evaluate stage: the rows to score from its channels, their descriptions and their images."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,9 +39,9 @@ from fivefold.evaluation.scored_rows import ScoredRows, concat_tables
 from fivefold.inference.ensemble_spec import group_by_system
 from fivefold.inference.factor_product import build_product, needs_product, read_factors
 from fivefold.inference.submission_reader import has_labels_only, has_one_column, read_submission
+from fivefold.log import log
 from fivefold.predictions import Predictions, mean_by_id
 
-log = logging.getLogger("fivefold")
 RECORDED = {"stage", "key", "settings", "inputs", "packages", "code", "wall_seconds", "finished"}
 
 

@@ -1,6 +1,5 @@
 """The image sources of a stage: the files of a channel, and the image caches."""
 
-import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +15,7 @@ from fivefold.data.pipeline.image_cache import DECODER, HEADER_FILE, Cache, form
 from fivefold.data.readers.stores import ImageStore, open_store
 from fivefold.data.split.fold_table import FoldTable
 from fivefold.errors import MissingInputError, SettingsError
-
-log = logging.getLogger("fivefold")
+from fivefold.log import log
 
 
 def open_channel(job: StageContext, channel: str, data: Data) -> ImageStore:

@@ -4,7 +4,6 @@ Most checks need torch, which would take memory of `submit` for the whole run. S
 """
 
 import json
-import logging
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,8 +14,7 @@ from fivefold.contract.s3.urls import is_url
 from fivefold.errors import DataError, FivefoldError, MissingInputError, RetryableError, SettingsError
 from fivefold.inference.blending import weights_by_name
 from fivefold.launchers.plan import Inputs, Plan
-
-log = logging.getLogger("fivefold")
+from fivefold.log import log
 
 TRAINING = ("train-fold", "distill")
 MODULE = "fivefold.stages.preflight"
@@ -30,13 +28,9 @@ def check_plan(plan: Plan, inputs: Inputs, local: bool) -> None:
         check_blend(settings, local)
     trained = [name for name in TRAINING if name in stages]
     if local and not is_url(inputs.weights or ""):
-        check_weights([trained_settings(settings, name) for name in trained], inputs.weights)
+        check_weights([settings.of_stage(name) for name in trained], inputs.weights)
     if trained:
         check_in_subprocess(settings, trained, local)
-
-
-def trained_settings(settings: Settings, stage: str) -> Settings:
-    return settings.student() if stage == "distill" else settings
 
 
 def check_weights(recipes: Sequence[Settings], channel: str | None) -> None:
@@ -82,7 +76,7 @@ def check_stages(settings: Settings, trained: Sequence[str], local: bool) -> Non
     from fivefold.stages.image_source import cache_folder
 
     cache_folder(settings)
-    recipes = [trained_settings(settings, stage) for stage in trained]
+    recipes = [settings.of_stage(stage) for stage in trained]
     for number, recipe in enumerate(recipes):
         if recipe in recipes[:number]:  # the student may have the folds' settings
             continue

@@ -1,7 +1,6 @@
 """Multi-process stages: start the ranks, and broadcast rank 0's decisions."""
 
 import json
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -13,8 +12,7 @@ from fivefold.contract.stage_specs import Stage
 from fivefold.distributed import rank_launcher
 from fivefold.distributed.ranks import check_batch, hosts_from_env, processes_from_env, rank_from_env
 from fivefold.launchers.local import list_gpus
-
-log = logging.getLogger("fivefold")
+from fivefold.log import log
 
 
 def launch_ranks(
@@ -30,7 +28,7 @@ def launch_ranks(
     processes = _count_processes(stage, environ, settings)
     if hosts.count * processes == 1:
         return None
-    check_batch(_trained_settings(stage, settings()).train.batch_size, hosts.count * processes)
+    check_batch(settings().of_stage(stage.name).train.batch_size, hosts.count * processes)
     where = f" on each of {hosts.count} hosts; this is host {hosts.index}" if hosts.count > 1 else ""
     log.info("%s: %d process%s%s", stage.name, processes, "es" if processes > 1 else "", where)
     return rank_launcher.run_ranks([stage.name, *arguments], hosts, processes, environ)
@@ -49,7 +47,7 @@ def broadcast_decision(job: StageContext, settings: Settings, run: bool) -> bool
     """Return rank 0's decision whether the stage runs, on all ranks; check that all ranks have the same settings."""
     if job.rank.world_size == 1:
         return run
-    check_batch(_trained_settings(job.stage, settings).train.batch_size, job.rank.world_size)
+    check_batch(settings.of_stage(job.stage.name).train.batch_size, job.rank.world_size)
     from fivefold.distributed.process_group import ProcessGroup
 
     group = ProcessGroup(job.rank)
@@ -68,8 +66,4 @@ def _count_processes(stage: Stage, environ: Mapping[str, str], settings: Callabl
     count = len(list_gpus(environ)) if count is None else count
     if count <= 1:
         return 1
-    return count if _trained_settings(stage, settings()).train.device in ("auto", "cuda") else 1
-
-
-def _trained_settings(stage: Stage, settings: Settings) -> Settings:
-    return settings.student() if stage.name == "distill" else settings
+    return count if settings().of_stage(stage.name).train.device in ("auto", "cuda") else 1

@@ -1,6 +1,5 @@
 """A training run of `train-fold` or `distill`: from a network with initial weights to a model directory."""
 
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,6 +24,7 @@ from fivefold.distributed.process_group import ProcessGroup
 from fivefold.evaluation.metrics import compute_metrics, predicted_classes
 from fivefold.evaluation.plots import evenly_spaced, plot_image_grid, plot_training_curves
 from fivefold.inference.predictor import Runtime
+from fivefold.log import log
 from fivefold.models.classifier import Classifier
 from fivefold.predictions import Predictions
 from fivefold.trained_model import evaluation_images, predict_images, save_model
@@ -34,7 +34,6 @@ from fivefold.training.optim import OPTIMIZER_STATES
 from fivefold.training.trainer import BestCheckpoint, Observer, TrainData, ValidData
 from fivefold.training.trainer import fit as fit_loop
 
-log = logging.getLogger("fivefold")
 PROBE_CACHE_DIR = ".decisions"
 """A hidden name, so that no digest of the run includes it."""
 SAMPLED_HEADERS = 64

@@ -4,7 +4,6 @@ Augmentation is seeded by (seed, epoch, row) and mixing by (seed, epoch, step), 
 torch's, which dropout and similar layers use.
 """
 
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,8 +14,8 @@ from torch import Tensor
 
 from fivefold.contract.files import atomic
 from fivefold.errors import DataError
+from fivefold.log import log
 
-log = logging.getLogger("fivefold")
 MAX_CHECKPOINTS = 2
 """Checkpoints to keep: the newest, and the one before it in case the newest cannot be read."""
 

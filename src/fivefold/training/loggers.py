@@ -7,7 +7,6 @@ WANDB_MODE, WANDB_API_KEY and MLFLOW_TRACKING_URI.
 
 import csv
 import json
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,10 @@ from PIL import Image
 from fivefold.contract.files import sync
 from fivefold.contract.stage_specs import LOG_COLUMNS, LOGGED_METRICS
 from fivefold.errors import SettingsError
+from fivefold.log import log
 from fivefold.lookup import choose, require_packages
 from fivefold.training.trainer import Observer
 
-log = logging.getLogger("fivefold")
 TAGS = {
     "train_loss": "Train/loss",
     "train_acc": "Train/accuracy",

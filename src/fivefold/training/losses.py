@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fivefold.errors import SettingsError
-from fivefold.lookup import choose
+from fivefold.lookup import parse_spec
 from fivefold.models.classifier import LINKS
 
 MIN_MASS = 1e-12
@@ -53,11 +53,9 @@ def build_loss(spec: str | dict[str, Any], smoothing: float = 0.0, weights: Tens
     `weights` [C]: weight of the rows of each class. Raise a SettingsError for an unknown name or parameter, and for an
     invalid value.
     """
-    parameters = {"name": spec} if isinstance(spec, str) else dict(spec)
-    name = str(parameters.pop("name", ""))
-    make = choose(LOSSES, "loss", name)
+    name, parameters = parse_spec(spec, LOSSES, "loss")
     try:
-        loss = make(smoothing, **parameters)
+        loss = LOSSES[name](smoothing, **parameters)
     except (TypeError, ValueError) as error:
         raise SettingsError(f"loss {name!r} with {parameters}: {error}") from error
     return replace(loss, weights=weights)

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from fivefold.errors import SettingsError
 from fivefold.inference.predictor import Runtime
+from fivefold.progress import MIB
 from fivefold.system import free_memory
 
-MEBIBYTE = 1 << 20
 WORKSPACE_FACTOR = 1.3
 """Memory of a CPU step divided by the tensors that autograd saves: kernels need workspace, and freed memory fragments."""
 
@@ -80,7 +80,7 @@ def process_bytes(estimate: MemoryEstimate, batch_size: int, images: int) -> int
 def check_fits(estimate: MemoryEstimate, batch_size: int, free: int, accumulate: int = 1) -> str:
     """Return a text about the memory that a step needs, or raise a SettingsError that names a batch size that fits."""
     needed = estimate.total(batch_size)
-    figures = f"about {needed / MEBIBYTE:,.0f} MiB at batch size {batch_size}, {free / MEBIBYTE:,.0f} MiB are free"
+    figures = f"about {needed / MIB:,.0f} MiB at batch size {batch_size}, {free / MIB:,.0f} MiB are free"
     if needed <= free:
         return figures
     fits = (free - estimate.fixed) // max(estimate.image, 1)

@@ -4,7 +4,6 @@ An objective combines a criterion (a loss of logits) with a way to run the netwo
 """
 
 import copy
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fivefold.log import log
 from fivefold.models.classifier import LINKS, Classifier
 from fivefold.training.checkpoints import random_state, set_random_state
 from fivefold.training.losses import Loss
-
-log = logging.getLogger("fivefold")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ The loop does not depend on training options: the objective computes the loss, t
 `after_step` lists the callbacks that follow a step (weight averaging, the schedule).
 """
 
-import logging
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from fivefold.data.pipeline.loader import prefetch_to_device
 from fivefold.errors import DataError, SettingsError, StoppedError
 from fivefold.evaluation.metrics import compute_metrics
 from fivefold.inference.predictor import Runtime, only_logits, predict_all
+from fivefold.log import log
 from fivefold.progress import format_duration, track
 from fivefold.training.checkpoints import Checkpoints, Stateful, collect_state, restore
 from fivefold.training.losses import Loss
@@ -30,7 +30,6 @@ from fivefold.training.objectives import MicroBatch, Result, Teacher
 from fivefold.training.optim import Schedule
 from fivefold.training.steps import Update
 
-log = logging.getLogger("fivefold")
 CHECK_INTERVAL_STEPS = 50
 MONITORS = {"loss": 1, "logloss": 1, "acc": -1, "f1_macro": -1}
 """Validation metrics that can select the best epoch: 1 if lower is better, -1 if higher is better."""

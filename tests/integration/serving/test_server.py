@@ -3,22 +3,20 @@
 import asyncio
 import base64
 import http.client
-import io
 import json
 import os
 import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 import pytest
 import torch  # noqa: F401  (the service imports it, which may take longer than a test waits)
-from PIL import Image
 
 from fivefold.config.schema import Serve
 from fivefold.data.image_io import decode
@@ -30,19 +28,11 @@ from fivefold.serving.server import address, listen, running, serve
 from fivefold.serving.service import Service
 from fivefold.signals import defer_signals
 from reference_run import wait_until
-from server_process import Answer, send_request
+from server_process import POST, Answer, Client, make_image
 
 TIMEOUT_S = 20.0
-LIMITS = {
-    "batch_size": 4,
-    "max_wait_ms": 0.0,
-    "max_queue": 100,
-    "max_megapixels": 1.0,
-    "timeout_s": TIMEOUT_S,
-    "drain_s": TIMEOUT_S,
-}
+LIMITS = {"batch_size": 4, "max_wait_ms": 0.0, "max_megapixels": 1.0, "timeout_s": TIMEOUT_S, "drain_s": TIMEOUT_S}
 FAILING_GREY = 13
-REQUEST_HEADERS = b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n"
 
 
 class BrightnessModel:
@@ -51,9 +41,8 @@ class BrightnessModel:
     classes = ("dark", "bright")
 
     def __init__(self) -> None:
-        self.gate = threading.Event()
+        self.gate, self.decode_gate = threading.Event(), threading.Event()
         self.gate.set()
-        self.decode_gate = threading.Event()
         self.decode_gate.set()
         self.shapes: list[tuple[int, ...]] = []
         self.inputs: list[int] = []
@@ -76,33 +65,16 @@ class BrightnessModel:
         return np.log(np.concatenate([1 - brightness, brightness], axis=1))
 
 
-class RunningServer:
+class RunningServer(Client):
     """A service, its model and the port of its server."""
 
-    def __init__(self, limits: Mapping[str, Any]) -> None:
+    def __init__(self, limits: dict[str, Any]) -> None:
         self.service, self.model = Service(Serve(**LIMITS | limits)), BrightnessModel()
         self.listener = listen("127.0.0.1", 0)
-        self.port = int(address(self.listener).rpartition(":")[2])
-
-    def request(self, method: str, path: str, body: bytes | None = None) -> Answer:
-        """Send a request on a new connection and return the answer."""
-        with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=TIMEOUT_S)) as connection:
-            return send_request(connection, method, path, body)
+        self.port = self.listener.getsockname()[1]
 
     def post_image(self, grey: int, side: int = 4, image_format: str = "PNG") -> Answer:
-        return self.request("POST", "/invocations", make_image(grey, side, image_format))
-
-    def ping(self) -> Answer:
-        return self.request("GET", "/ping")
-
-    def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout=TIMEOUT_S)
-
-
-def make_image(grey: int, side: int = 4, image_format: str = "PNG") -> bytes:
-    content = io.BytesIO()
-    Image.new("L", (side, side), grey).save(content, image_format)
-    return content.getvalue()
+        return self.post(make_image(side, side, "L", image_format, color=grey))
 
 
 @contextmanager
@@ -145,8 +117,9 @@ def test_disconnected_client_is_not_predicted_and_frees_its_place() -> None:
         server.model.gate.clear()
         first = pool.submit(server.post_image, 1)
         wait_until(lambda: server.model.inputs == [1])
-        with server.connect() as connection:
-            connection.sendall(REQUEST_HEADERS % len(make_image(2)) + make_image(2))
+        image = make_image(color=2)
+        with server.raw() as connection:
+            connection.sendall(POST % len(image) + image)
             wait_until(lambda: server.service.images == 2)
             time.sleep(0.1)  # so that the image is decoded and waits for the model
         wait_until(lambda: server.service.images == 1)
@@ -163,22 +136,23 @@ def test_slow_model_returns_503_and_an_incomplete_body_408() -> None:
         late = server.post_image(1)
         server.model.gate.set()
         assert server.post_image(2).json["confidence"] > 0.9
-        with server.connect() as connection, http.client.HTTPResponse(connection) as response:
-            connection.sendall(REQUEST_HEADERS % 100 + b"half")
+        with server.raw() as connection, http.client.HTTPResponse(connection) as response:
+            connection.sendall(POST % 100 + b"half")
             response.begin()
             assert response.status == 408
         assert (server.service.images, server.service.bodies) == (0, 0)
+        assert server.ping().status == 200
     assert late.status == 503
 
 
 def test_body_below_the_minimum_rate_returns_408_and_a_faster_one_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service_module, "GRACE_PERIOD_S", 0.2)
     monkeypatch.setattr(service_module, "MIN_BYTES_PER_S", 50.0)
-    body = make_image(7)
+    body = make_image(color=7)
     with run_server() as server:
         for pause, status in ((0.1, 408), (0.005, 200)):
-            with server.connect() as connection, http.client.HTTPResponse(connection) as response:
-                connection.sendall(REQUEST_HEADERS % len(body))
+            with server.raw() as connection, http.client.HTTPResponse(connection) as response:
+                connection.sendall(POST % len(body))
                 for byte in body[: 9 if status == 408 else None]:
                     connection.sendall(bytes([byte]))
                     time.sleep(pause)
@@ -189,7 +163,7 @@ def test_body_below_the_minimum_rate_returns_408_and_a_faster_one_is_accepted(mo
 def test_incomplete_bodies_take_no_places_in_the_queue() -> None:
     with run_server(max_queue=2) as server, ExitStack() as stack:
         for _ in range(50):
-            stack.enter_context(server.connect()).sendall(REQUEST_HEADERS % 100 + b"h")
+            stack.enter_context(server.raw()).sendall(POST % 100 + b"h")
         wait_until(lambda: server.service.bodies == 50)
         assert [server.post_image(grey).status for grey in (1, 2, 3)] == [200] * 3
     assert server.service.bodies == 0
@@ -197,8 +171,8 @@ def test_incomplete_bodies_take_no_places_in_the_queue() -> None:
 
 def test_request_that_exceeds_the_total_body_limit_returns_503() -> None:
     with run_server(max_total_body_mb=0.1) as server:
-        with server.connect() as connection:
-            connection.sendall(REQUEST_HEADERS % 100_000 + bytes(99_990))
+        with server.raw() as connection:
+            connection.sendall(POST % 100_000 + bytes(99_990))
             wait_until(lambda: server.service.bodies == 99_990)
             refused = server.post_image(1)
         assert (refused.status, refused.headers["retry-after"]) == (503, "1")
@@ -211,9 +185,9 @@ def test_idle_connections_are_closed_for_new_requests() -> None:
         server.model.gate.clear()
         waiting = pool.submit(server.post_image, 1)
         wait_until(lambda: server.model.inputs == [1])
-        idle = [stack.enter_context(server.connect()) for _ in range(40)]
+        idle = [stack.enter_context(server.raw()) for _ in range(40)]
         for connection in idle[-4:]:
-            connection.sendall(REQUEST_HEADERS % 100 + b"half")
+            connection.sendall(POST % 100 + b"half")
         server.model.gate.set()
         assert waiting.result().status == 200
         assert [server.post_image(grey).status for grey in (2, 3)] == [200, 200]
@@ -222,18 +196,16 @@ def test_idle_connections_are_closed_for_new_requests() -> None:
 
 @pytest.mark.parametrize("connection_header", ["close", "keep-alive"])
 @pytest.mark.parametrize(("pause", "reads_all"), [(0.0, True), (1.2, False)])
-def test_server_drops_clients_that_do_not_read_responses(
-    monkeypatch, connection_header: str, pause: float, reads_all: bool
-) -> None:
+def test_server_drops_clients_that_do_not_read_responses(monkeypatch, connection_header, pause, reads_all) -> None:
     monkeypatch.setattr(server_module, "READ_TIMEOUT_S", 0.4)
-    body = json.dumps([base64.b64encode(make_image(grey)).decode() for grey in range(20, 120)]).encode()
-    headers = b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: %s\r\nContent-Length: %d\r\n\r\n"
+    body = json.dumps([base64.b64encode(make_image(color=grey)).decode() for grey in range(20, 120)]).encode()
+    headers = POST.replace(b"image/png", b"application/json\r\nConnection: " + connection_header.encode())
     with run_server() as server, socket.socket() as connection:
         server.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2048)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         connection.settimeout(TIMEOUT_S)
         connection.connect(("127.0.0.1", server.port))
-        connection.sendall(headers % (connection_header.encode(), len(body)) + body)
+        connection.sendall(headers % len(body) + body)
         time.sleep(pause)
         with http.client.HTTPResponse(connection) as response:
             response.begin()
@@ -266,13 +238,10 @@ def test_only_configured_image_formats_are_decoded() -> None:
 
 
 def test_only_jpegs_of_up_to_four_times_the_pixel_limit_are_halved() -> None:
+    images = ((100, "PNG"), (101, "PNG"), (101, "JPEG"), (200, "JPEG"), (201, "JPEG"))
     with run_server(max_megapixels=0.01) as server:
-        statuses = [
-            server.post_image(9, side, image_format).status
-            for side, image_format in ((100, "PNG"), (101, "PNG"), (101, "JPEG"), (200, "JPEG"), (201, "JPEG"))
-        ]
-        assert server.model.shapes == [(100, 100), (51, 51), (100, 100)]
-    assert statuses == [200, 422, 200, 200, 422]
+        assert [server.post_image(9, *image).status for image in images] == [200, 422, 200, 200, 422]
+    assert server.model.shapes == [(100, 100), (51, 51), (100, 100)]
 
 
 def test_model_errors_return_500_and_ping_reports_repeated_ones() -> None:
@@ -285,28 +254,33 @@ def test_model_errors_return_500_and_ping_reports_repeated_ones() -> None:
     assert [answer.status for answer in recovered] == [200, 200]
 
 
-def test_signal_during_loading_ends_the_server() -> None:
-    service = Service(Serve())
+def test_server_is_not_ready_while_it_loads_and_a_signal_then_ends_it() -> None:
+    server = RunningServer({})
+    early = []
 
     def load() -> None:
+        early.extend((server.ping(), server.post_image(1)))
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.3)
 
-    with listen("::1", 0) as listener, defer_signals():
+    with server.listener, defer_signals(), pytest.raises(StoppedError) as stopped:
+        asyncio.run(serve(server.listener, server.service, load))
+    assert (stopped.value.exit_code, server.service.model) == (143, None)
+    assert [answer.status for answer in early] == [503, 503]
+    assert (early[0].json, early[1].headers["retry-after"]) == ({"status": "loading"}, "1")
+
+
+def test_server_listens_on_ipv6() -> None:
+    with listen("::1", 0) as listener:
         assert address(listener).startswith("http://[::1]:")
-        with pytest.raises(StoppedError) as stopped:
-            asyncio.run(serve(listener, service, load))
-    assert (stopped.value.exit_code, service.model) == (143, None)
 
 
 @pytest.mark.parametrize(("drain", "gate_delay", "status"), [(TIMEOUT_S, 0.5, 200), (0.2, 0.8, 503)])
-def test_requests_in_flight_at_shutdown_are_answered_within_the_drain_time(
-    drain: float, gate_delay: float, status: int
-) -> None:
+def test_requests_in_flight_at_shutdown_are_answered_within_the_drain_time(drain, gate_delay, status) -> None:
     start = time.monotonic()
     with ThreadPoolExecutor(1) as pool, ExitStack() as stack:
         with run_server(drain_s=drain) as server:
-            idle = stack.enter_context(server.connect())
+            idle = stack.enter_context(server.raw())
             server.model.gate.clear()
             waiting = pool.submit(server.post_image, 1)
             wait_until(lambda: server.model.inputs == [1])

@@ -1,6 +1,5 @@
 """Upload checkpoints to a store during training, and download them at its start."""
 
-import logging
 import os
 import queue
 import re
@@ -14,8 +13,7 @@ from fivefold.contract.files import sha256
 from fivefold.contract.s3.client import Download, S3Client, Upload
 from fivefold.contract.s3.urls import Url
 from fivefold.errors import FivefoldError
-
-log = logging.getLogger("fivefold")
+from fivefold.log import log
 
 MAX_CHECKPOINTS = 2
 CHECKPOINT = re.compile(r"\d+\.[0-9a-f]{64}\.pt")

@@ -35,10 +35,10 @@ from s3transfer.subscribers import BaseSubscriber
 from fivefold.contract.files import disk_is_full, sha256
 from fivefold.contract.s3.urls import Url
 from fivefold.errors import FivefoldError, MissingInputError, RetryableError, SettingsError
+from fivefold.log import log
 from fivefold.progress import interruptible, track
 from fivefold.signals import raise_if_stopped
 
-log = logging.getLogger("fivefold")
 T = TypeVar("T")
 
 MAX_ATTEMPTS = 7

@@ -7,7 +7,6 @@ writers (a retried pod and the dying one) never mix. Attempts are invisible to r
 """
 
 import json
-import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,11 +15,10 @@ from typing import TYPE_CHECKING, Any
 from fivefold.contract.s3.urls import Url, has_long_name
 from fivefold.contract.stage_specs import CLASSES, ENSEMBLE, FOLDS, HOLDOUT, MODEL, OOF, PREDICTIONS, RECORD, WEIGHTS
 from fivefold.errors import DataError, RetryableError
+from fivefold.log import log
 
 if TYPE_CHECKING:
     from fivefold.contract.s3.client import S3Client, S3Object
-
-log = logging.getLogger("fivefold")
 
 FILES = "files.json"
 MARKERS = (RECORD, FILES)

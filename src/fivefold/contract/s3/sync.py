@@ -1,6 +1,5 @@
 """Sync channels, outputs and checkpoints at `s3://bucket/prefix` with local folders; `commit` describes the layout of outputs."""
 
-import logging
 import re
 import secrets
 import time
@@ -16,12 +15,11 @@ from fivefold.contract.s3.commit import COMMIT_PREFIX, FILES, VisibleFile
 from fivefold.contract.s3.urls import Url
 from fivefold.contract.stage_specs import RECORD
 from fivefold.errors import MissingInputError, SettingsError
+from fivefold.log import log
 
 if TYPE_CHECKING:
     from fivefold.contract.s3.checkpoint_sync import CheckpointSync
     from fivefold.contract.s3.client import S3Client
-
-log = logging.getLogger("fivefold")
 
 STALE_AFTER_S = 86_400.0
 """An attempt without a marker is removed if nobody has written to it for this many seconds."""

@@ -4,7 +4,6 @@
 """
 
 import hashlib
-import logging
 import math
 import os
 import struct
@@ -22,10 +21,9 @@ from torch.utils.data import DataLoader, Dataset, default_convert
 from fivefold.data.image_io import DecodeOptions, map_in_threads
 from fivefold.data.readers.stores import ImageStore, read_verified
 from fivefold.data.transforms.registry import Transform
+from fivefold.log import log
 from fivefold.lookup import choose
 from fivefold.progress import interruptible, track
-
-log = logging.getLogger("fivefold")
 
 MEMORY_LIMIT = 1 << 30
 """Maximum bytes of decoded images to keep in memory."""

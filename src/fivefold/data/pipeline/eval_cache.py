@@ -4,7 +4,6 @@ Decoding, meta features and the evaluation transform are deterministic, so their
 in memory up to a limit, and beyond it in one file of a scratch folder.
 """
 
-import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import closing, suppress
@@ -19,10 +18,9 @@ from fivefold.data.image_io import map_in_threads
 from fivefold.data.pipeline.dataset import MEMORY_LIMIT, Batch, ImageDataset, Sample, count_stats, load_batches
 from fivefold.data.split.verify import describe_failures
 from fivefold.errors import DataError
+from fivefold.log import log
 from fivefold.progress import track
 from fivefold.system import free_memory
-
-log = logging.getLogger("fivefold")
 
 FREE_MEMORY_DIVISOR = 4
 """The cached images take at most 1/4 of the free memory."""

@@ -6,7 +6,6 @@ of a cache is a digest of the images and decoding options, so all processes that
 
 import hashlib
 import json
-import logging
 import mmap
 import os
 import secrets
@@ -28,9 +27,8 @@ from fivefold.contract.files import lock, raise_on_full_disk, read_json, sha256,
 from fivefold.data.image_io import DecodeOptions, map_in_threads
 from fivefold.data.readers.stores import GIB, ImageStore, read_verified
 from fivefold.errors import DataError, MissingInputError, RetryableError, SettingsError
+from fivefold.log import log
 from fivefold.progress import MIB, track
-
-log = logging.getLogger("fivefold")
 
 HEADER_FILE, INDEX_FILE, PIXELS_FILE = "cache.json", "index.npy", "pixels.u8"
 FORMAT = 2

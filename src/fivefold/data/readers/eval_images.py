@@ -1,6 +1,5 @@
 """Find the images to predict, in a CSV or a folder, and read the sample submission that defines the output format."""
 
-import logging
 import posixpath
 import re
 from collections.abc import Sequence
@@ -15,9 +14,8 @@ from fivefold.data.readers import layout_detection as layouts
 from fivefold.data.readers.layout_detection import EVAL_FOLDERS, TRAIN_FOLDERS, open_table, stem
 from fivefold.data.readers.stores import ImageStore, log_ignored, open_store, take_inventory
 from fivefold.errors import DataError
+from fivefold.log import log
 from fivefold.predictions import preview
-
-log = logging.getLogger("fivefold")
 
 NON_EVAL_TABLES = {"train", "submission"}
 PROBE_ROWS = 1000

@@ -1,6 +1,5 @@
 """Detect the layout of a data folder: wrapper folders, train/ and test/, class folders, and CSV tables."""
 
-import logging
 import posixpath
 import re
 from collections import Counter, defaultdict
@@ -15,9 +14,8 @@ from fivefold.csv_tables import ID_NAMES, CsvFile, parse_csv
 from fivefold.data.image_io import is_image
 from fivefold.data.readers.stores import ImageStore, is_outside
 from fivefold.errors import DataError, MissingInputError, SettingsError
+from fivefold.log import log
 from fivefold.predictions import preview
-
-log = logging.getLogger("fivefold")
 
 TRAIN_FOLDERS = ("train", "training")
 EVAL_FOLDERS = ("test", "testing", "eval", "evaluation")

@@ -5,7 +5,6 @@ A class combines mask, gender and age in one number: `(mask · 2 + gender) · ag
 """
 
 import bisect
-import logging
 import posixpath
 from collections.abc import Sequence
 from itertools import product
@@ -14,9 +13,8 @@ import pandas as pd
 
 from fivefold.errors import DataError
 from fivefold.label_factors import LabelFactors
+from fivefold.log import log
 from fivefold.predictions import preview
-
-log = logging.getLogger("fivefold")
 
 MASKS = ("mask", "incorrect", "normal")
 GENDERS = ("male", "female")

@@ -26,8 +26,7 @@ from fivefold.contract import files
 from fivefold.contract.files import DANGLING, EMPTY, HIDDEN, SYSTEM, is_visible
 from fivefold.data.image_io import IMAGE_SUFFIXES, is_image
 from fivefold.errors import DataError, MissingInputError
-
-log = logging.getLogger("fivefold")
+from fivefold.log import log
 
 GIB = 2**30
 LOCAL_HEADER = struct.Struct("<4s22xHH")

@@ -1,6 +1,5 @@
 """Read training data into labelled rows: class folders, profiles of people, a CSV of paths and labels, or a CSV of products."""
 
-import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,9 +19,8 @@ from fivefold.data.readers.profiles import are_profiles, profile_factors, read_p
 from fivefold.data.readers.stores import UNUSED, ImageStore, Inventory, describe_counts, may_be_images, take_inventory
 from fivefold.errors import DataError, SettingsError
 from fivefold.label_factors import LabelFactors
+from fivefold.log import log
 from fivefold.predictions import preview
-
-log = logging.getLogger("fivefold")
 
 NON_TRAINING_TABLES = {"test", "submission", "valid", "val"}
 PATH_SEPARATORS = "[&,]"

@@ -1,6 +1,5 @@
 """Open the images that a user passes for prediction: an image, a folder, a zip, a CSV of paths, or images in memory."""
 
-import logging
 import os
 import posixpath
 from collections.abc import Mapping, Sequence
@@ -18,9 +17,8 @@ from fivefold.csv_tables import PATH_NAMES, TRUE_CLASS_NAMES, CsvFile, normalize
 from fivefold.data.readers.layout_detection import MAX_PROBED_PATHS, guess_paths, list_csvs, match_names, open_table
 from fivefold.data.readers.stores import FolderStore, ImageStore, ZipStore, log_ignored, open_store, take_inventory
 from fivefold.errors import DataError, MissingInputError
+from fivefold.log import log
 from fivefold.predictions import preview
-
-log = logging.getLogger("fivefold")
 
 SUBMISSION = "submission.csv"
 

@@ -6,7 +6,6 @@ Parts are set aside in the same way: `test` of all rows, then `valid` with test_
 images follow the first of their rows. See docs/data.md.
 """
 
-import logging
 import math
 import warnings
 from collections.abc import Sequence
@@ -19,8 +18,8 @@ import pyarrow.compute as pc
 from fivefold.config.schema import Split
 from fivefold.data.readers.training_rows import LabelledImages
 from fivefold.errors import SettingsError
+from fivefold.log import log
 
-log = logging.getLogger("fivefold")
 PART_NAMES = ("train", "valid", "test")
 
 

@@ -1,6 +1,5 @@
 """Summary of a split: counts for `split_summary.json` and the log, and a CSV for each part."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,9 @@ from fivefold.data.readers.stores import describe_counts, log_ignored
 from fivefold.data.readers.training_rows import LabelledImages
 from fivefold.data.split.assign import Duplicates
 from fivefold.data.split.fold_table import FoldTable
+from fivefold.log import log
 from fivefold.predictions import preview
 
-log = logging.getLogger("fivefold")
 MAX_LISTED_SETS = 1000
 """Maximum number of duplicate sets that the summary lists; it always counts all of them."""
 SUMMARY = "data_split_summary.json"

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fivefold.config.schema import Spec
 from fivefold.errors import SettingsError
-from fivefold.lookup import choose
+from fivefold.lookup import choose, parse_spec
 
 Transform = Callable[[Tensor], Tensor]
 Size = tuple[int, int]
@@ -54,7 +54,7 @@ def expand_presets(specs: Sequence[Spec], evaluation: bool) -> list[Spec]:
     """Return the specs with every preset replaced by its parts, in an evaluation by its deterministic parts."""
     result: list[Spec] = []
     for spec in specs:
-        name, parameters = _parse_spec(spec)
+        name, parameters = parse_spec(spec, TRANSFORMS | PRESETS, "transform")
         if name in PRESETS and parameters:
             raise SettingsError(f"{name} is a set of transforms and takes no parameters; name its parts instead")
         if evaluation and name not in PRESETS and not _is_deterministic(spec):
@@ -67,20 +67,12 @@ def expand_presets(specs: Sequence[Spec], evaluation: bool) -> list[Spec]:
 
 
 def _is_deterministic(spec: Spec) -> bool:
-    name, parameters = _parse_spec(spec)
+    name, parameters = parse_spec(spec, TRANSFORMS | PRESETS, "transform")
     return name in DETERMINISTIC and parameters.get("p", 1) == 1
 
 
-def _parse_spec(spec: Spec) -> tuple[str, dict[str, Any]]:
-    """Return the name and the parameters of a spec; raise a SettingsError for an unknown name."""
-    parameters = {"name": spec} if isinstance(spec, str) else dict(spec)
-    name = str(parameters.pop("name", ""))
-    choose(TRANSFORMS | PRESETS, "transform", name)
-    return name, parameters
-
-
 def _build(spec: Spec, size: Size) -> Transform:
-    name, parameters = _parse_spec(spec)
+    name, parameters = parse_spec(spec, TRANSFORMS | PRESETS, "transform")
     p = parameters.get("p", 1)
     if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1:
         raise SettingsError(f"transform {name!r}: p={p!r}, but a probability from 0 to 1 is needed")

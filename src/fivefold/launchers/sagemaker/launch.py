@@ -7,7 +7,6 @@ jobs, which resume from their checkpoints.
 
 import hashlib
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +22,7 @@ from fivefold.launchers.sagemaker.validation import check_cost, validate_request
 from fivefold.launchers.scheduler import Scheduler
 from fivefold.launchers.status import LOG
 from fivefold.launchers.terminal import append_lines, write_line, write_output
-
-log = logging.getLogger("fivefold")
+from fivefold.log import log
 
 JOB = "sagemaker.json"
 PRIVATE_MODE = 0o600

@@ -103,7 +103,7 @@ def needs_no_network(plan: Plan, step: Step) -> bool:
     """Return whether a step's container needs no network: it does not train, or trains without pretrained weights and online trackers."""
     if not STAGES[step.stage].writes_model:
         return True
-    settings = plan.settings.student() if step.stage == "distill" else plan.settings
+    settings = plan.settings.of_stage(step.stage)
     return not settings.model.pretrained and set(settings.train.loggers) <= {"tensorboard"}
 
 

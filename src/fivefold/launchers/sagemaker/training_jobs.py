@@ -11,8 +11,7 @@ from typing import Any
 from fivefold.contract.s3.urls import parse
 from fivefold.errors import FivefoldError, MissingInputError, RetryableError, SettingsError
 from fivefold.launchers.sagemaker.requests import HIDDEN, Request, find_secrets
-
-log = logging.getLogger("fivefold")
+from fivefold.log import log
 
 LOG_GROUP = "/aws/sagemaker/TrainingJobs"
 EXIT_CODE = re.compile(r"exit code:? (1|64|65|66|75|130|143)\b", re.IGNORECASE)

@@ -1,0 +1,5 @@
+"""The logger of all modules."""
+
+import logging
+
+log = logging.getLogger("fivefold")
