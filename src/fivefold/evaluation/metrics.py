@@ -35,8 +35,7 @@ def sklearn_metric(name: str, **options: object) -> Metric:
 def top_k_accuracy(log_probs: np.ndarray, codes: np.ndarray, k: int = 5) -> float:
     """Return the share of rows with the true class among the k most probable ones; 1 if k >= C.
 
-    Of equal probabilities the earlier class ranks higher, as in `predicted_classes` (scikit-learn takes the
-    later one), so that k = 1 is the accuracy.
+    Of equal probabilities the earlier class ranks higher (in scikit-learn the later one), so that k = 1 is the accuracy.
     """
     ranked = np.argsort(-log_probs, axis=1, kind="stable")[:, :k]
     return float((ranked == codes[:, None]).any(axis=1).mean())
@@ -102,10 +101,10 @@ def bootstrap_interval(values: np.ndarray, draws: int = 1000) -> tuple[float, fl
 
 
 def effective_rows(correct: np.ndarray, clusters: np.ndarray) -> float:
-    """Return the effective number of independent rows of `correct` [N], given the clusters of correlated rows `clusters` [N].
+    """Return the effective number of independent rows of `correct` [N], given clusters of correlated rows [N], from 0.
 
     It is N over the design effect: the variance of the share between clusters over the variance of N independent rows
-    (Kish 1965, section 5.4). It is at most N, and the number of clusters if there is no variance. Clusters count from 0.
+    (Kish 1965, section 5.4). It is at most N, and the number of clusters if there is no variance.
     """
     rows, hits, share = np.bincount(clusters), np.bincount(clusters, correct), correct.mean()
     groups, count, spread = len(rows), len(correct), ((hits - share * rows) ** 2).sum()
@@ -127,7 +126,6 @@ METRICS: dict[str, Metric] = {
 }
 """All metrics of a report; macro metrics cover the classes that occur as truth or as prediction. To add one, add a line."""
 
-
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.0
 """Bounds of a fitted temperature: if every row is right (or wrong), the loss has no minimum."""
 
@@ -138,7 +136,7 @@ def reliability_table(log_probs: np.ndarray, codes: np.ndarray, bins: int = 15) 
     Bins have equal width and are open below: (low, high], as in section 2 of the paper.
     """
     confidence = np.exp(log_probs.max(axis=1).astype(np.float64)).clip(0, 1)
-    right = log_probs.argmax(axis=1) == codes
+    right = predicted_classes(log_probs) == codes
     edges = np.linspace(0, 1, bins + 1)
     bin_index = np.searchsorted(edges[1:-1], confidence, side="left")
     rows = np.bincount(bin_index, minlength=bins)
@@ -163,10 +161,7 @@ def apply_temperature(log_probs: np.ndarray, temperature: float) -> np.ndarray:
 
 
 def fit_temperature(log_probs: np.ndarray, codes: np.ndarray) -> float:
-    """Return the temperature in [0.01, 100] that minimises the log loss of `apply_temperature` (section 4.2).
-
-    The loss is convex in 1/T, so it has a single minimum over log T.
-    """
+    """Return the temperature in [0.01, 100] with the lowest log loss (section 4.2), which is convex in 1/T."""
     from scipy.optimize import minimize_scalar
 
     logits = np.maximum(log_probs.astype(np.float64), np.log(np.finfo(np.float64).tiny))

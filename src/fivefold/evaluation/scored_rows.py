@@ -22,8 +22,8 @@ NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
 class ScoredRows:
     """Predictions with their true classes, and a description of the models and rows.
 
-    `name` is "test", "holdout" or "oof"; `subject` describes the models and `rows` the rows.
-    `paths` maps a row id to its image, `groups` to its group (a person, a product), if known.
+    `name` is "test", "holdout" or "oof"; `subject` describes the models and `rows` the rows. `paths` maps a row id to its
+    image, `groups` to its group (a person, a product), if known.
     """
 
     name: str
@@ -48,9 +48,11 @@ class ScoredRows:
         scores = metrics.full_report(self.table.log_probs, self.codes, top_k, bins)
         return {"what": self.subject, "rows": self.rows, **scores}
 
-    def per_class(self) -> dict[str, np.ndarray]:
-        """Return `metrics.per_class_table`: scores and counts per class [C]."""
-        return metrics.per_class_table(self.table.log_probs, self.codes)
+    def per_class(self) -> pd.DataFrame:
+        """Return the `class` and its `metrics.per_class_table`, a row per class."""
+        frame = pd.DataFrame(metrics.per_class_table(self.table.log_probs, self.codes))
+        frame.insert(0, "class", self.table.classes)
+        return frame
 
     def interval(self) -> tuple[float, float]:
         """Return the 95 % Wilson interval of the accuracy for the effective number of rows, given the `groups`."""
@@ -80,10 +82,7 @@ class ScoredRows:
 
 
 def concat_tables(tables: Sequence[Predictions]) -> Predictions:
-    """Concatenate the rows of all tables, with classes sorted by name.
-
-    Raise a DataError if their classes differ or one has no labels.
-    """
+    """Concatenate the rows of all tables, with classes sorted by name; raise a DataError for other classes or missing labels."""
     classes = tuple(sorted(tables[0].classes))
     unlabelled = [table.system for table in tables if table.labels is None]
     if unlabelled:
@@ -106,12 +105,6 @@ def confused_pairs(scored: ScoredRows, limit: int = 12) -> list[tuple[str, str, 
     support, classes = scored.confusion.sum(axis=1), scored.table.classes
     cells = [divmod(int(cell), len(classes)) for cell in order if off.flat[cell]]
     return [(classes[t], classes[p], int(off[t, p]), float(off[t, p] / support[t])) for t, p in cells]
-
-
-def write_per_class(path: Path, scored: ScoredRows) -> Path:
-    frame = pd.DataFrame(scored.per_class())
-    frame.insert(0, "class", scored.table.classes)
-    return write_csv(path, frame)
 
 
 def write_confusion(path: Path, scored: ScoredRows) -> Path:

@@ -1,8 +1,7 @@
 """Systems in an ensemble: their tables, the weights between them, and their scores. No torch.
 
-The folds of one system have equal weights: each out-of-fold row has only one fold's prediction, so no
-weights can be fitted between folds. Between systems that share one split, convex weights are fitted on
-the out-of-fold rows. Their score is cross-fitted: the weights are refitted without each fold.
+The folds of one system have equal weights: an out-of-fold row has a prediction of one fold only. Convex weights between
+systems of one split are fitted on the out-of-fold rows. Their score is cross-fitted: refitted without each fold.
 """
 
 import logging
@@ -16,7 +15,7 @@ from fivefold.csv_tables import check_same_ids
 from fivefold.evaluation.metrics import compute_metrics, cross_fit_temperature, fit_temperature
 from fivefold.inference.blending import BLENDS, apply_blend, cross_fit, equal_weights, weights_by_name
 from fivefold.lookup import choose
-from fivefold.predictions import Predictions, mean_by_id
+from fivefold.predictions import Predictions
 
 log = logging.getLogger("fivefold")
 
@@ -83,7 +82,7 @@ def compute_weights(systems: Sequence[System], rule: BlendConfig) -> tuple[np.nd
     log_probs, first = [table.log_probs for table in tables], tables[0]
     selected = any(system.folds_selected for system in systems)
     codes = first.codes()
-    mixed = replace(first, log_probs=apply_blend("mean", log_probs, equal_weights(len(systems))))
+    mixed = replace(first, log_probs=apply_blend("mean", log_probs))
     scores.append(score(BLENDS["mean"].description, "out-of-fold", mixed, selected))
     if blend.fit and len(np.unique(first.fold)) > 1:  # with a single fold there are no other rows to fit on
         mixed = replace(first, log_probs=cross_fit(log_probs, codes, first.fold, blend.fit))
@@ -124,15 +123,6 @@ def score_holdout(
     table = replace(table, log_probs=mixed)
     scores.append(score(f"the same at temperature {fitted:.3f}", "holdout, temperature cross-fitted", table))
     return table, fitted, scores
-
-
-def blend_models(tables: Sequence[Predictions], within: str) -> Predictions:
-    """Combine the tables of a system's models on the same rows into one, with equal weights."""
-    if within == "mean":
-        return mean_by_id(tables)
-    aligned = align_rows(tables)
-    log_probs = apply_blend(within, [table.log_probs for table in aligned], equal_weights(len(aligned)))
-    return replace(aligned[0], fold=np.full(len(aligned[0]), -1, np.int16), log_probs=log_probs)
 
 
 def score_systems(systems: Sequence[System]) -> list[Score]:

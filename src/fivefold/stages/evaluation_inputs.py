@@ -66,12 +66,8 @@ class EvaluationInputs:
         folder = self.job.optional_channel("predictions")
         files = find_predictions(folder, self.job.scratch) if folder else {}
         if ENSEMBLE in files and not record_path(files[ENSEMBLE].parent, "ensemble").is_file():
-            log.warning(
-                "%s has no record (%s) of the ensemble stage: it failed, is still running or was copied in part. "
-                "The predictions may be older than the models; rerun ensemble",
-                files[ENSEMBLE].parent,
-                RECORD,
-            )
+            words = "of the ensemble stage, so the predictions may be older than the models; rerun ensemble"
+            log.warning("%s has no record (%s) %s", files[ENSEMBLE].parent, RECORD, words)
         return files
 
     @cached_property
@@ -117,22 +113,19 @@ class EvaluationInputs:
         read = ground_truth.read_ground_truth(file, self._id_column(), predicted.ids)
         labels = {name: same.canonical_names.get(label, label) for name, label in read.items()}
         table = concat_tables([ground_truth.add_labels(predicted, self._as_factors(labels, predicted.classes), file)])
-        return ScoredRows(
-            "test", self._describe_ensemble(), f"the {len(table):,} rows of {file.name}", table, self._eval_paths()
-        )
+        rows = f"the {len(table):,} rows of {file.name}"
+        return ScoredRows("test", self._describe_ensemble(), rows, table, self._eval_paths())
 
     def holdout(self) -> ScoredRows | None:
         """Return the holdout rows of the split: the ensemble's predictions, else the mean of the models'."""
-        tables = [] if HOLDOUT in self.predicted else self._tables(HOLDOUT)
         if HOLDOUT in self.predicted:
             table, what = predictions.read(self.predicted[HOLDOUT]), self._describe_ensemble()
+        elif not (tables := self._tables(HOLDOUT)):
+            return None
         elif needs_product([model.info for model, _ in tables]):
             table, what = _product(tables), _describe_models(self.models, "product of ")
-        elif tables:
-            table = mean_by_id([table for _, table in tables])
-            what = _describe_models(self.models, "equal mean of ")
         else:
-            return None
+            table, what = mean_by_id([t for _, t in tables]), _describe_models(self.models, "equal mean of ")
         which = "rows that the split set aside"
         if self.selected:
             which += ", on which the student's epoch was selected"
@@ -170,10 +163,8 @@ class EvaluationInputs:
 
     def curves(self) -> dict[str, Path]:
         """Return the training log of each model by name."""
-        one_seed = len({model.info["seed"] for model in self.models}) == 1
-        one_system = len({model.info["system"] for model in self.models}) == 1
         logs = [(model, model.path / TRAIN_LOG) for model in self.models if (model.path / TRAIN_LOG).is_file()]
-        short = one_seed and one_system and len(logs) > 1
+        short = len(logs) > 1 and len({(model.info["seed"], model.info["system"]) for model in self.models}) == 1
         return {f"fold {m.info['fold']}" if short else m.name: path for m, path in logs}
 
     def thumbnails(self, name: str, mistakes: pd.DataFrame) -> dict[tuple[str, str], bytes]:
@@ -245,19 +236,13 @@ class EvaluationInputs:
             return predictions.read(path)
         if has_labels_only(path):
             raise DataError(f"{path} has no probabilities, but evaluate needs them; use `evaluation` to score classes")
-        return read_submission(path, likely=self._true_classes(path), answer=self.answer, positive=self.positive)
+        options = {"answer": self.answer, "positive": self.positive}
+        return read_submission(path, likely=self._true_classes(path) if has_one_column(path) else (), **options)
 
     def _true_classes(self, path: Path) -> list[str]:
-        """Return the true classes for a submission of one column; none for other submissions."""
-        if not has_one_column(path):
-            return []
-        name = self._id_column()
-        labels = ground_truth.read_ground_truth(
-            ground_truth.find_ground_truth_file(self.job.channel("ground_truth")),
-            name,
-            open_csv(path).read([name])[name],
-        )
-        return sorted({*labels.values()})
+        """Return the true classes of the rows of a submission."""
+        name, file = self._id_column(), ground_truth.find_ground_truth_file(self.job.channel("ground_truth"))
+        return sorted({*ground_truth.read_ground_truth(file, name, open_csv(path).read([name])[name]).values()})
 
     def _id_column(self) -> str:
         """Return the name of the id column in a submission of the predictions; "" if unknown."""
