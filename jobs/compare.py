@@ -128,8 +128,7 @@ def with_tables(
 ) -> list[Experiment]:
     """Return the experiments with their submissions; files of one column use the classes of the others, or of `labels`.
 
-    If a column of a file has the ids of the runs' tables, or of `labels`, it is the file's id column.
-    `answer` and `positive`: see `read_submission`.
+    The id column of a file is the one with the ids of the runs' tables, or of `labels`, if there is one.
     """
     read = {e.name: e.table for e in experiments if e.table is not None}
     ids = next((table.ids.tolist() for table in read.values()), list(labels))
@@ -155,9 +154,9 @@ def describe_comparison(
 ) -> dict[str, Any]:
     """Return all figures, the pairwise differences and the agreement matrices; an undefined number is null."""
     rows = [
-        {"experiment": experiment.name, "source": experiment.source, "oof_rows_of": experiment.oof_description}
+        {"experiment": e.name, "source": e.source, "oof_rows_of": e.oof_description}
         | {name: figures[index] for name, figures in tables.items()}
-        for index, experiment in enumerate(experiments)
+        for index, e in enumerate(experiments)
     ]
     likeness = None
     if pairs is not None:

@@ -5,7 +5,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -63,6 +62,8 @@ def main(job: StageContext, settings: Settings) -> StageResult:
         if job.optional_channel("folds") is not None:
             check_split(models, find_one(job, "folds", FOLDS))
     groups = group_by_system(models)
+    if taken := [name for name in files if name in groups]:
+        raise DataError(f"{files[taken[0]]} and a system of the models are both called {taken[0]!r}; rename one of them")
     if options.blend == "product" and files:
         raise SettingsError(
             f"ensemble.blend=product combines models of different factors, but {next(iter(files))} is a submission file; "
@@ -73,7 +74,7 @@ def main(job: StageContext, settings: Settings) -> StageResult:
     classes = product.factors.classes if product else known_classes(models, images, files)
     images = with_factor_labels(images, models, classes)
     check_submission(images, classes, same)
-    submitted = read_files(files, groups, images, classes, same, options)
+    submitted = read_files(files, images, classes, same, options)
     log.info("%s: %d models and %d files", ", ".join([*groups, *submitted]), len(models), len(files))
 
     system_probs, unreadable = predict_each(job, settings, groups, store, images, options.seed_blend)
@@ -97,10 +98,8 @@ def main(job: StageContext, settings: Settings) -> StageResult:
     log_probs[unreadable] = blended[unreadable]
     table = make_table(images, " + ".join(system_probs), classes, log_probs)
     output = job.output()
-    written = [
-        predictions.write(output / PREDICTIONS, table),
-        save_submission(output / options.submission, table, images, same),
-    ]
+    written = [predictions.write(output / PREDICTIONS, table)]
+    written.append(save_submission(output / options.submission, table, images, same))
     tables = [make_table(images, name, classes, system_probs[name]) for name in groups if name in system_probs]
     written += save_submission_per_system(output / PER_SYSTEM_CSV, tables, images, same)
     (output / HOLDOUT).unlink(missing_ok=True)
@@ -124,9 +123,8 @@ def select_rows(job: StageContext, settings: Settings, files: Sequence[Path]) ->
     else:
         store = open_channel(job, "eval", settings.data)
         images = read_eval(store, settings.data.id_column, settings.data.path_column)
-    return store, images.with_label_column(
-        options.label_column, options.row_number_column, options.answer, options.positive_class
-    )
+    answer = options.answer, options.positive_class
+    return store, images.with_label_column(options.label_column, options.row_number_column, *answer)
 
 
 def submission_files(job: StageContext, configured: Sequence[str]) -> dict[str, Path]:
@@ -154,12 +152,7 @@ def known_classes(models: list[ModelDir], images: EvalImages, files: Mapping[str
 
 
 def read_files(
-    files: Mapping[str, Path],
-    groups: Mapping[str, Any],
-    images: EvalImages,
-    classes: tuple[str, ...],
-    same: ClassAliases,
-    options: schema.Ensemble,
+    files: Mapping[str, Path], images: EvalImages, classes: Sequence[str], same: ClassAliases, options: schema.Ensemble
 ) -> dict[str, Predictions]:
     """Read each file's predictions of the test images, in their order, by system name.
 
@@ -168,8 +161,6 @@ def read_files(
     ids, submitted = [str(name) for name in images.ids], {}
     answer = {"answer": options.answer, "positive": options.positive_class}
     for name, path in files.items():
-        if name in groups:
-            raise DataError(f"{path} and a system of the models are both called {name!r}; rename one of them")
         submitted[name] = read_submission(path, ids, classes, same, **answer).reindex(ids)
         if options.blend in ("geometric", "rank") and contains_labels(submitted[name]):
             raise SettingsError(
@@ -193,32 +184,26 @@ def predict_each(
     """
     if not groups:
         return {}, []
-    from fivefold.trained_model import ImageList, SharedEvalImages
+    from fivefold.build import describe_runtime
+    from fivefold.trained_model import ImageList, SharedEvalImages, load_model
 
     explicit, prior = settings.predict.model_dump(exclude_unset=True), settings.ensemble.unreadable == "prior"
-    shared = SharedEvalImages(ImageList(store, images.paths), job.scratch, prior)
-    log_probs = {name: predict_system(group, shared, explicit, within) for name, group in groups.items()}
+    shared, blended = SharedEvalImages(ImageList(store, images.paths), job.scratch, prior), {}
+    for name, group in groups.items():
+        predicted, classes = [], group[0].info["classes"]
+        for number, model in enumerate(group, start=1):
+            member = load_model(model, explicit)
+            log.info("%s (%d of %d) predicts on %s", model.name, number, len(group), describe_runtime(member.runtime))
+            log_probs = member.predict_cached(shared, model.name)
+            shares = np.maximum(np.array(model.info["shares"], np.float64), MIN_SHARE)
+            log_probs[shared.unreadable] = np.log(shares / shares.sum())
+            del member
+            predicted.append(reorder_classes(log_probs, model.info["classes"], classes))
+        blended[name] = apply_blend(within, predicted)
     if rows := shared.unreadable:
         words = "test images cannot be read; they get the class shares of the training data"
         log.warning("%d %s: %s", len(rows), words, ", ".join(map(str, images.paths[rows])))
-    return log_probs, rows
-
-
-def predict_system(group: list[ModelDir], eval_images: Any, explicit: Mapping[str, Any], within: str) -> np.ndarray:
-    """Predict with a system's models, one at a time, and combine them into one [N, C] with equal weights."""
-    from fivefold.build import describe_runtime
-    from fivefold.trained_model import load_model
-
-    predicted, classes = [], group[0].info["classes"]
-    for number, model in enumerate(group, start=1):
-        member = load_model(model, explicit)
-        log.info("%s (%d of %d) predicts on %s", model.name, number, len(group), describe_runtime(member.runtime))
-        log_probs = member.predict_cached(eval_images, model.name)
-        shares = np.maximum(np.array(model.info["shares"], np.float64), MIN_SHARE)
-        log_probs[eval_images.unreadable] = np.log(shares / shares.sum())
-        del member
-        predicted.append(reorder_classes(log_probs, model.info["classes"], classes))
-    return apply_blend(within, predicted)
+    return blended, rows
 
 
 def load_system(name: str, group: list[ModelDir], views: list[Spec] | None, within: str) -> System:

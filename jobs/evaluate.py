@@ -30,7 +30,7 @@ HEADLINE = ("rows", "n", "accuracy", "logloss", "f1_macro", "ece")
 def main(job: StageContext, settings: Settings) -> StageResult:
     """Score test, holdout and out-of-fold rows, as far as they exist; return the written files and the figures."""
     options, folder = settings.evaluate, job.output()
-    inputs = EvaluationInputs(job, settings.data, settings.ensemble.answer, settings.ensemble.positive_class)
+    inputs = EvaluationInputs(job, settings)
     scored = [rows for rows in (inputs.test(), inputs.holdout(), inputs.out_of_fold()) if rows is not None]
     if not scored:
         if not options.allow_empty:

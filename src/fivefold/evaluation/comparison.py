@@ -162,8 +162,8 @@ def draw_comparison(
     """Return PNG bytes by file name without suffix; a picture without data is omitted."""
     pictures = {}
     if any(figures):
-        names, known = [experiment.name for experiment in experiments], [scores or {} for scores in figures]
-        pictures["model_acc"] = render_png(plots.plot_scores, names, known)
+        known = [scores or {} for scores in figures]
+        pictures["model_acc"] = render_png(plots.plot_scores, [e.name for e in experiments], known)
     if pairs is not None:
         pictures["correlation"] = render_png(plots.plot_agreement, pairs.names, pairs.agreement, pairs.correlation)
     return pictures

@@ -5,10 +5,9 @@ Calibration follows Guo et al. 2017, "On calibration of modern neural networks",
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import numpy as np
-
-from fivefold.lookup import choose
 
 EPOCH_METRICS = ("accuracy", "logloss", "f1_macro")
 FLOOR = 1e-15
@@ -21,15 +20,11 @@ def predicted_classes(log_probs: np.ndarray) -> np.ndarray:
     return log_probs.argmax(axis=1)
 
 
-def sklearn_metric(name: str, **options: object) -> Metric:
+def sklearn_metric(name: str, log_probs: np.ndarray, codes: np.ndarray, **options: object) -> float:
     """Return the metric `sklearn.metrics.<name>` of the most probable classes; `options` are its other arguments."""
+    from sklearn import metrics
 
-    def metric(log_probs: np.ndarray, codes: np.ndarray) -> float:
-        from sklearn import metrics
-
-        return float(getattr(metrics, name)(codes, predicted_classes(log_probs), **options))
-
-    return metric
+    return float(getattr(metrics, name)(codes, predicted_classes(log_probs), **options))
 
 
 def top_k_accuracy(log_probs: np.ndarray, codes: np.ndarray, k: int = 5) -> float:
@@ -52,26 +47,9 @@ def competition_logloss(probs: np.ndarray, codes: np.ndarray) -> float:
     return float(-np.log(np.clip(shares, FLOOR, 1 - FLOOR)).mean())
 
 
-def confusion_matrix(log_probs: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """Return counts [C, C] int64: true class by row, predicted class by column."""
-    from sklearn.metrics import confusion_matrix
-
-    return confusion_matrix(codes, predicted_classes(log_probs), labels=range(log_probs.shape[1]))
-
-
-def per_class_table(log_probs: np.ndarray, codes: np.ndarray) -> dict[str, np.ndarray]:
-    """Return per class [C]: `precision`, `recall`, `f1` in [0, 1] (0 if undefined), and the counts `support` and `predicted`."""
-    from sklearn.metrics import precision_recall_fscore_support
-
-    guesses, labels = predicted_classes(log_probs), range(log_probs.shape[1])
-    scores = precision_recall_fscore_support(codes, guesses, labels=labels, zero_division=0)
-    table = dict(zip(("precision", "recall", "f1", "support"), scores, strict=True))
-    return table | {"predicted": np.bincount(guesses, minlength=len(labels))}
-
-
 def compute_metrics(log_probs: np.ndarray, codes: np.ndarray, names: Iterable[str] = EPOCH_METRICS) -> dict[str, float]:
     """Return the metrics `names`, by default those of an epoch."""
-    return {name: choose(METRICS, "metric", name)(log_probs, codes) for name in names}
+    return {name: METRICS[name](log_probs, codes) for name in names}
 
 
 def full_report(log_probs: np.ndarray, codes: np.ndarray, top_k: int = 5, bins: int = 15) -> dict[str, float | int]:
@@ -115,11 +93,11 @@ def effective_rows(correct: np.ndarray, clusters: np.ndarray) -> float:
 
 
 METRICS: dict[str, Metric] = {
-    "accuracy": sklearn_metric("accuracy_score"),
+    "accuracy": partial(sklearn_metric, "accuracy_score"),
     "logloss": logloss,
     "competition_logloss": lambda log_probs, codes: competition_logloss(np.exp(log_probs), codes),
     **{
-        f"{name}_{average}": sklearn_metric(f"{name}_score", average=average, zero_division=0)
+        f"{name}_{average}": partial(sklearn_metric, f"{name}_score", average=average, zero_division=0)
         for name in ("f1", "precision", "recall")
         for average in ("macro", "weighted")
     },

@@ -85,8 +85,7 @@ def find_ensemble(models: Sequence[ModelDir], paths: Sequence[Path], required: b
     """
     if len(models) > 1:
         check_combinable(models)
-    read = {path: read_ensemble(path, models) for path in paths}
-    ensembles = {path: ensemble for path, ensemble in read.items() if ensemble is not None}
+    ensembles = {path: spec for path in paths if (spec := read_ensemble(path, models))}
     if required and not ensembles:
         names = ", ".join(model.name for model in models)
         raise DataError(f"{', '.join(map(str, paths))} blends other models; the models here are {names}")

@@ -36,9 +36,7 @@ class Runtime:
     std: Tensor
     process_group: ProcessGroup = SINGLE_PROCESS
     grouped_fp32: bool = False
-    _tiled: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(
-        init=False, default_factory=dict, compare=False, repr=False
-    )
+    _tiled: dict[torch.Size, list[Tensor]] = field(init=False, default_factory=dict, compare=False, repr=False)
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -61,8 +59,7 @@ class Runtime:
             return images.sub_(self.mean).div_(self.std)
         size = images.shape[-2:]
         if size not in self._tiled:
-            mean, std = (self._flatten(value.expand(1, 3, *size)).contiguous() for value in (self.mean, self.std))
-            self._tiled[size] = mean, std
+            self._tiled[size] = [self._flatten(v.expand(1, 3, *size)).contiguous() for v in (self.mean, self.std)]
         mean, std = self._tiled[size]
         self._flatten(images).sub_(mean).div_(std)
         return images
@@ -89,11 +86,8 @@ def make_runtime(
     grouped_fp32: bool = False,
 ) -> Runtime:
     """Build a Runtime from mean and std of images in 0..1."""
-
-    def scaled(values: Sequence[float]) -> Tensor:
-        return (torch.tensor(values, dtype=torch.float32) * 255).reshape(1, 3, 1, 1).to(device)
-
-    return Runtime(device, dtype, channels_last, scaled(mean), scaled(std), process_group, grouped_fp32)
+    scaled = [(torch.tensor(v, dtype=torch.float32) * 255).reshape(1, 3, 1, 1).to(device) for v in (mean, std)]
+    return Runtime(device, dtype, channels_last, *scaled, process_group, grouped_fp32)
 
 
 ViewReducer = Callable[[Sequence[Tensor]], Tensor]

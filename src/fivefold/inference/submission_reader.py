@@ -81,7 +81,8 @@ def read_submission(
     if len(table.columns) < 2:
         raise DataError(f"{path} is not a submission: it needs an id column, class columns and rows")
     frame = table.read()
-    paths = [name for name in frame if _holds_paths(normalize_class_name(name), frame[name].iat[0], model_classes)]
+    named = [name for name, plain in zip(table.columns, table.normalized_columns, strict=True) if plain in PATH_NAMES]
+    paths = [n for n in named if normalize_class_name(n) not in model_classes and not is_number(frame[n].iat[0])]
     first, expected = frame.columns[0], set() if ids is None else set(ids)
     row_id = next((name for name in (first, *paths) if set(frame[name]) == expected), first)
     check_unique(frame[row_id], path)
@@ -125,10 +126,6 @@ def contains_labels(table: Predictions) -> bool:
     if len(table.classes) < 2:
         return True
     return bool((np.partition(table.log_probs, -2, axis=1)[:, -2] < np.log(2 * FLOOR)).all())
-
-
-def _holds_paths(name: str, cell: str, classes: Collection[str]) -> bool:
-    return name.lower() in PATH_NAMES and name not in classes and not is_number(cell)
 
 
 def _read_probabilities(

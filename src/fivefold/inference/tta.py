@@ -7,7 +7,6 @@ rotation, as in training.
 import math
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,11 +55,8 @@ def views_equal(first: Sequence[Spec], second: Sequence[Spec]) -> bool:
 
 
 def deduplicate(specs: Sequence[Spec]) -> list[Spec]:
-    """Return the specs in order without duplicates; of specs that mean the same, the first stays."""
-    unique: dict[Any, Spec] = {}
-    for spec in specs:
-        unique.setdefault(identity(spec), spec)
-    return list(unique.values())
+    """Return the specs in order, only one of those that mean the same."""
+    return list({identity(spec): spec for spec in specs}.values())
 
 
 def keep(images: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from fivefold import predictions
-from fivefold.config.schema import Data
+from fivefold.config.schema import Settings
 from fivefold.contract.artifacts import ModelDir, find_all, find_models, find_one, find_predictions
 from fivefold.contract.files import read_json
 from fivefold.contract.job import StageContext
@@ -51,10 +51,7 @@ class EvaluationInputs:
     """The channels of one evaluation, read lazily."""
 
     job: StageContext
-    data: Data
-    answer: str = "auto"
-    positive: str = ""
-    """The settings for a submission of one column: what it holds, and the class of its probabilities."""
+    settings: Settings
 
     @cached_property
     def models(self) -> list[ModelDir]:
@@ -108,7 +105,7 @@ class EvaluationInputs:
             return None
         self.job.channel("predictions")
         file = ground_truth.find_ground_truth_file(channel)
-        same = ClassAliases(self.data.class_aliases, self.data.alias_policy)
+        same = ClassAliases(self.settings.data.class_aliases, self.settings.data.alias_policy)
         predicted = same.merge_table(self._predictions())
         read = ground_truth.read_ground_truth(file, self._id_column(), predicted.ids)
         labels = {name: same.canonical_names.get(label, label) for name, label in read.items()}
@@ -190,14 +187,7 @@ class EvaluationInputs:
     def counts(self) -> list[tuple[str, str]]:
         """Return names and values of the split's counts; empty without its summary."""
         path = self.split.with_name(SPLIT_SUMMARY) if self.split else None
-        if path is None or not path.is_file():
-            return []
-        try:
-            return describe_data(read_json(path))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(
-                f"{path} is not the summary of a split ({error!r}); rerun split or delete the file"
-            ) from None
+        return describe_data(read_json(path)) if path and path.is_file() else []
 
     def records(self) -> list[dict[str, Any]]:
         """Return the records of the previous stages, in pipeline order."""
@@ -213,7 +203,7 @@ class EvaluationInputs:
 
     def _store(self, channel: str) -> ImageStore | None:
         path = self.job.optional_channel(channel)
-        return open_store(path, self.data.max_unpacked_gib) if path else None
+        return open_store(path, self.settings.data.max_unpacked_gib) if path else None
 
     def _tables(self, file: str) -> list[tuple[ModelDir, Predictions]]:
         """Return each model that has the table `file`, with the table."""
@@ -236,8 +226,8 @@ class EvaluationInputs:
             return predictions.read(path)
         if has_labels_only(path):
             raise DataError(f"{path} has no probabilities, but evaluate needs them; use `evaluation` to score classes")
-        options = {"answer": self.answer, "positive": self.positive}
-        return read_submission(path, likely=self._true_classes(path) if has_one_column(path) else (), **options)
+        likely, options = self._true_classes(path) if has_one_column(path) else (), self.settings.ensemble
+        return read_submission(path, likely=likely, answer=options.answer, positive=options.positive_class)
 
     def _true_classes(self, path: Path) -> list[str]:
         """Return the true classes of the rows of a submission."""
@@ -262,7 +252,7 @@ class EvaluationInputs:
         store = self._store("eval")
         if store is None:
             return {}
-        table = read_eval(store, self.data.id_column, self.data.path_column)
+        table = read_eval(store, self.settings.data.id_column, self.settings.data.path_column)
         return dict(zip(table.ids, table.paths, strict=True))
 
 
