@@ -32,14 +32,7 @@ from fivefold.inference.submission_reader import (
     read_submission,
     system_name,
 )
-from fivefold.inference.systems import (
-    BlendConfig,
-    System,
-    align_rows,
-    compute_weights,
-    score_holdout,
-    score_systems,
-)
+from fivefold.inference.systems import BlendConfig, System, align_rows, compute_weights, score_holdout, score_systems
 from fivefold.predictions import Predictions, mean_by_id, reorder_classes
 from fivefold.stages.image_source import open_channel
 

@@ -34,7 +34,7 @@ def build_views(specs: Sequence[Spec], black: Tensor | float = 0.0) -> list[View
         mirrored_too = parameters.pop("flip", False)
         positions = CROP_POSITIONS if view is crop else [{}]
         new: list[View] = [partial(view, **parameters, **position) for position in positions]
-        views += new + [partial(_apply_to_mirrored, view) for view in new if mirrored_too]
+        views += new + [lambda images, view=view: view(mirror(images)) for view in new if mirrored_too]
     return views
 
 
@@ -57,11 +57,6 @@ def views_equal(first: Sequence[Spec], second: Sequence[Spec]) -> bool:
 def deduplicate(specs: Sequence[Spec]) -> list[Spec]:
     """Return the specs in order, only one of those that mean the same."""
     return list({identity(spec): spec for spec in specs}.values())
-
-
-def keep(images: Tensor) -> Tensor:
-    """Return the images unchanged."""
-    return images
 
 
 def mirror(images: Tensor) -> Tensor:
@@ -107,10 +102,6 @@ def crop(images: Tensor, share: float, top: float, left: float) -> Tensor:
     return _resize(images[..., y : y + h, x : x + w], height, width)
 
 
-def _apply_to_mirrored(view: View, images: Tensor) -> Tensor:
-    return view(mirror(images))
-
-
 def _resize(images: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(images, size=(height, width), mode="bilinear", antialias=True)
 
@@ -146,7 +137,7 @@ def _check(view: str, name: str, value: object) -> None:
 
 
 VIEWS: dict[str, tuple[Callable[..., Tensor], dict[str, float]]] = {
-    "plain": (keep, {}),
+    "plain": (lambda images: images, {}),
     "flip": (mirror, {}),
     "rotate": (rotate, {"degrees": 15, "flip": False}),
     "shift": (shift, {"x": 1, "y": 1, "flip": False}),
