@@ -56,7 +56,9 @@ def main(job: StageContext, settings: Settings) -> StageResult:
             check_split(models, find_one(job, "folds", FOLDS))
     groups = group_by_system(models)
     if taken := [name for name in files if name in groups]:
-        raise DataError(f"{files[taken[0]]} and a system of the models are both called {taken[0]!r}; rename one of them")
+        raise DataError(
+            f"{files[taken[0]]} and a system of the models are both called {taken[0]!r}; rename one of them"
+        )
     if options.blend == "product" and files:
         raise SettingsError(
             f"ensemble.blend=product combines models of different factors, but {next(iter(files))} is a submission file; "

@@ -149,7 +149,9 @@ def test_vote_of_folds_and_blending_a_submission_file_with_its_models(toy_run, t
     renamed = shutil.copy(mean, tmp_path / "output_before.csv")
     arguments = ["ensemble.blend=mean", f"ensemble.submissions={renamed}"]
     assert run_stage(toy_run, "ensemble", tmp_path / "both", *arguments, MODEL=toy_run) == 0
-    tables = [predictions.read(path / "output/predictions.parquet") for path in (tmp_path / "both", toy_run / "ensemble")]
+    tables = [
+        predictions.read(path / "output/predictions.parquet") for path in (tmp_path / "both", toy_run / "ensemble")
+    ]
     np.testing.assert_allclose(np.exp(tables[0].log_probs), np.exp(tables[1].log_probs), atol=1e-6)
     twice = f"ensemble.submissions={mean}"
     assert run_stage(toy_run, "ensemble", tmp_path / "twice", twice, MODEL=toy_run) == 65

@@ -49,7 +49,9 @@ def test_confusion_and_scores_per_class_equal_values_computed_by_hand():
     scored = ScoredRows("test", "", "", tabulate(ROWS), {})
     assert scored.confusion.tolist() == [[1, 1, 0], [0, 0, 2], [0, 0, 1]]
     rows = [["a", 1, 1 / 2, 2 / 3, 2, 1], ["b", 0, 0, 0, 2, 1], ["c", 1 / 3, 1, 1 / 2, 1, 3]]
-    pd.testing.assert_frame_equal(scored.per_class(), pd.DataFrame(rows, columns=scored_rows.PER_CLASS), check_dtype=False)
+    pd.testing.assert_frame_equal(
+        scored.per_class(), pd.DataFrame(rows, columns=scored_rows.PER_CLASS), check_dtype=False
+    )
 
 
 def test_concat_tables_matches_columns_by_name_and_refuses_other_classes_and_missing_labels():

@@ -267,7 +267,9 @@ def test_weights_between_systems_are_fitted_and_scored_by_cross_fitting(caplog):
 def test_submission_has_the_byte_order_mark_and_the_line_ends_of_its_sample(tmp_path):
     predicted = make_predictions(make_log_probs(1.0, 1), "s").take(np.arange(3))
     sample = SampleSubmission("ImageID", ("ans",), list(predicted.ids), has_bom=True, line_ending="\r\n")
-    assert write_submission(tmp_path / "s.csv", predicted, sample).read_bytes().startswith(b"\xef\xbb\xbfImageID,ans\r\n")
+    assert (
+        write_submission(tmp_path / "s.csv", predicted, sample).read_bytes().startswith(b"\xef\xbb\xbfImageID,ans\r\n")
+    )
 
 
 @pytest.mark.parametrize(("delimiter", "decimal"), [(";", ","), (";", "."), ("\t", ".")])
