@@ -25,7 +25,7 @@ from fivefold.evaluation.report import write_pictures
 from fivefold.evaluation.scored_rows import write_csv
 from fivefold.inference.submission_reader import has_labels_only, has_one_column, read_submission, system_name
 from fivefold.log import log
-from fivefold.predictions import mean_by_id
+from fivefold.predictions import mean_by_id, preview
 
 ALL_SUBMISSIONS = "all_experiments_submission_compare.csv"
 DIFFERENCES = "paired.csv"
@@ -50,9 +50,8 @@ def main(job: StageContext, settings: Settings) -> StageResult:
     known = {e.name: table for e in experiments if (table := e.table if file else e.oof)}
     differences = comparison.paired_differences(known, {e.name for e in experiments if e.labels_only})
     pictures = comparison.draw_comparison(experiments, tables[shown], alike)
-    title = settings.run or f"{len(experiments)} experiments"
     content = {"pairs": alike, "pictures": pictures, "notes": notes, "differences": differences}
-    page = comparison.render_page(title, experiments, tables, **content)
+    page = comparison.render_page(settings.run or f"{len(experiments)} experiments", experiments, tables, **content)
     for note in notes:
         log.info("%s", note)
 
@@ -61,8 +60,7 @@ def main(job: StageContext, settings: Settings) -> StageResult:
         (folder / name).unlink(missing_ok=True)
     written = [comparison.write_scores(folder / "comparison.csv", experiments, tables), folder / "comparison.json"]
     write_json(written[1], describe_comparison(experiments, tables, alike, notes, differences))
-    submitted = next((experiment.file for experiment in experiments if experiment.file is not None), None)
-    if submitted is not None:
+    if submitted := next((e.file for e in experiments if e.file), None):
         id_column = open_csv(submitted).columns[0]
         written.append(comparison.write_all_submissions(folder / ALL_SUBMISSIONS, experiments, id_column))
     if differences:
@@ -81,27 +79,22 @@ def load_experiments(job: StageContext, runs: Sequence[str], files: Sequence[str
     channel = job.optional_channel("runs")
     folders = [path for path in sorted(channel.iterdir()) if path.is_dir() and is_visible(path.name)] if channel else []
     experiments = [load_run(path) for path in [*folders, *map(Path, runs)]]
-    experiments += [load_file(path) for path in [*find_submissions(job), *map(Path, files)]]
-    counts = Counter(experiment.name for experiment in experiments)
+    for path in [*find_submissions(job), *map(Path, files)]:
+        if not path.is_file():
+            raise MissingInputError(f"no submission file {path}")
+        experiments.append(Experiment(system_name(path), str(path), path))
+    counts = Counter(e.name for e in experiments)
     # Files of one name in several folders get their folder's name too.
-    experiments = [
-        replace(e, name=f"{Path(e.source).parent.name}/{e.name}") if counts[e.name] > 1 else e for e in experiments
-    ]
-    name, count = Counter(experiment.name for experiment in experiments).most_common(1)[0] if experiments else ("", 0)
-    if count > 1:
-        raise DataError(f"two experiments are called {name!r}; rename the folder or the file of one of them")
+    names = [f"{Path(e.source).parent.name}/{e.name}" if counts[e.name] > 1 else e.name for e in experiments]
+    experiments = [replace(e, name=name) for e, name in zip(experiments, names, strict=True)]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise DataError(f"two experiments are called {twice[0]!r}; rename the folder or the file of one of them")
     if len(experiments) < 2:
         raise MissingInputError(
             f"{len(experiments)} experiments are too few to compare: set compare.runs=A,B (folders of runs), "
             "compare.submissions=x.csv,y.csv, or the channels SM_CHANNEL_RUNS and SM_CHANNEL_SUBMISSIONS"
         )
     return experiments
-
-
-def load_file(path: Path) -> Experiment:
-    if not path.is_file():
-        raise MissingInputError(f"no submission file {path}")
-    return Experiment(name=system_name(path), source=str(path), file=path)
 
 
 def load_run(folder: Path) -> Experiment:
@@ -112,21 +105,17 @@ def load_run(folder: Path) -> Experiment:
     usual = folder / "ensemble" / "output" / ENSEMBLE
     ensembles = [usual] if usual.is_file() else [path for path in files if path.name == ENSEMBLE]
     if len(ensembles) > 1:
-        raise DataError(
-            f"several ensembles in the run {folder}: {predictions.preview(ensembles)}; set the folder of one"
-        )
-    submissions = [path.parent / read_json(path).get("submission", "submission.csv") for path in ensembles]
-    missing = [path for path in submissions if not path.is_file()]
-    if missing:
-        raise MissingInputError(f"the run {folder} has no submission {missing[0]}")
+        raise DataError(f"several ensembles in the run {folder}: {preview(ensembles)}; set the folder of one")
+    file = ensembles[0].parent / read_json(ensembles[0]).get("submission", "submission.csv") if ensembles else None
+    if file and not file.is_file():
+        raise MissingInputError(f"the run {folder} has no submission {file}")
     infos = {p.parent: read_json(p) for p in files if p.name == MODEL and (p.parent / OOF).is_file()}
     folds = {path: info for path, info in infos.items() if info.get("role") == "fold"}
-    if not folds and not submissions:
+    if not folds and not file:
         raise MissingInputError(f"the run {folder} holds neither {ENSEMBLE} nor fold models with {OOF}")
     oof = mean_by_id([predictions.read(path / OOF) for path in folds]) if folds else None
-    file = next(iter(submissions), None)
     # A submission of one column lacks probabilities or does not name their class: read the table beside it instead.
-    use_table = file is not None and has_one_column(file) and (file.parent / PREDICTIONS).is_file()
+    use_table = file and has_one_column(file) and (file.parent / PREDICTIONS).is_file()
     table = predictions.read(file.parent / PREDICTIONS) if use_table else None
     systems = ", ".join(sorted({str(info["system"]) for info in folds.values()}))
     words = f"{len(folds)} fold models of {systems}" if folds else ""
@@ -138,8 +127,7 @@ def with_tables(
 ) -> list[Experiment]:
     """Return the experiments with their submissions; files of one column use the classes of the others, or of `labels`.
 
-    If a column of a file has the ids of the runs' tables, or of `labels`, it is the file's id column.
-    `answer` and `positive`: see `read_submission`.
+    The id column of a file is the one with the ids of the runs' tables, or of `labels`, if there is one.
     """
     read = {e.name: e.table for e in experiments if e.table is not None}
     ids = next((table.ids.tolist() for table in read.values()), list(labels))
@@ -165,9 +153,9 @@ def describe_comparison(
 ) -> dict[str, Any]:
     """Return all figures, the pairwise differences and the agreement matrices; an undefined number is null."""
     rows = [
-        {"experiment": experiment.name, "source": experiment.source, "oof_rows_of": experiment.oof_description}
+        {"experiment": e.name, "source": e.source, "oof_rows_of": e.oof_description}
         | {name: figures[index] for name, figures in tables.items()}
-        for index, experiment in enumerate(experiments)
+        for index, e in enumerate(experiments)
     ]
     likeness = None
     if pairs is not None:

@@ -4,7 +4,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -20,7 +19,7 @@ from fivefold.data.readers.eval_images import EvalImages, SampleSubmission, read
 from fivefold.data.readers.stores import ImageStore
 from fivefold.errors import DataError, MissingInputError, SettingsError
 from fivefold.evaluation.metrics import apply_temperature
-from fivefold.inference.blending import apply_blend, equal_weights
+from fivefold.inference.blending import apply_blend
 from fivefold.inference.ensemble_spec import EnsembleSpec, check_combinable, group_by_system
 from fivefold.inference.factor_product import build_product, read_factors
 from fivefold.inference.submission import check_submission, write_submission
@@ -35,13 +34,13 @@ from fivefold.inference.submission_reader import (
 from fivefold.inference.systems import (
     BlendConfig,
     System,
-    blend_models,
+    align_rows,
     compute_weights,
     score_holdout,
     score_systems,
 )
 from fivefold.log import log
-from fivefold.predictions import Predictions, reorder_classes
+from fivefold.predictions import Predictions, mean_by_id, reorder_classes
 from fivefold.stages.image_source import open_channel
 
 ID_COLUMN = "ID"
@@ -61,6 +60,10 @@ def main(job: StageContext, settings: Settings) -> StageResult:
         if job.optional_channel("folds") is not None:
             check_split(models, find_one(job, "folds", FOLDS))
     groups = group_by_system(models)
+    if taken := [name for name in files if name in groups]:
+        raise DataError(
+            f"{files[taken[0]]} and a system of the models are both called {taken[0]!r}; rename one of them"
+        )
     if options.blend == "product" and files:
         raise SettingsError(
             f"ensemble.blend=product combines models of different factors, but {next(iter(files))} is a submission file; "
@@ -71,7 +74,7 @@ def main(job: StageContext, settings: Settings) -> StageResult:
     classes = product.factors.classes if product else known_classes(models, images, files)
     images = with_factor_labels(images, models, classes)
     check_submission(images, classes, same)
-    submitted = read_files(files, groups, images, classes, same, options)
+    submitted = read_files(files, images, classes, same, options)
     log.info("%s: %d models and %d files", ", ".join([*groups, *submitted]), len(models), len(files))
 
     system_probs, unreadable = predict_each(job, settings, groups, store, images, options.seed_blend)
@@ -95,12 +98,10 @@ def main(job: StageContext, settings: Settings) -> StageResult:
     log_probs[unreadable] = blended[unreadable]
     table = make_table(images, " + ".join(system_probs), classes, log_probs)
     output = job.output()
-    written = [
-        predictions.write(output / PREDICTIONS, table),
-        save_submission(output / options.submission, table, images, same),
-    ]
-    of_models = {name: system_probs[name] for name in groups if name in system_probs}
-    written += save_submission_per_system(output / PER_SYSTEM_CSV, of_models, images, classes, same)
+    written = [predictions.write(output / PREDICTIONS, table)]
+    written.append(save_submission(output / options.submission, table, images, same))
+    tables = [make_table(images, name, classes, system_probs[name]) for name in groups if name in system_probs]
+    written += save_submission_per_system(output / PER_SYSTEM_CSV, tables, images, same)
     (output / HOLDOUT).unlink(missing_ok=True)
     if holdout is not None:
         written.append(predictions.write(output / HOLDOUT, holdout))
@@ -122,9 +123,8 @@ def select_rows(job: StageContext, settings: Settings, files: Sequence[Path]) ->
     else:
         store = open_channel(job, "eval", settings.data)
         images = read_eval(store, settings.data.id_column, settings.data.path_column)
-    return store, images.with_label_column(
-        options.label_column, options.row_number_column, options.answer, options.positive_class
-    )
+    answer = options.answer, options.positive_class
+    return store, images.with_label_column(options.label_column, options.row_number_column, *answer)
 
 
 def submission_files(job: StageContext, configured: Sequence[str]) -> dict[str, Path]:
@@ -140,10 +140,7 @@ def submission_files(job: StageContext, configured: Sequence[str]) -> dict[str, 
 
 
 def known_classes(models: list[ModelDir], images: EvalImages, files: Mapping[str, Path]) -> tuple[str, ...]:
-    """Return the models' classes; without models the classes of the sample submission, else of the first file of probabilities.
-
-    If all files have predicted classes only, return all classes that occur in them.
-    """
+    """Return the models' classes, else those of the sample, of the first file of probabilities, or of all files of classes."""
     if models:
         return tuple(models[0].info["classes"])
     columns = images.sample.classes if images.sample else ()
@@ -155,12 +152,7 @@ def known_classes(models: list[ModelDir], images: EvalImages, files: Mapping[str
 
 
 def read_files(
-    files: Mapping[str, Path],
-    groups: Mapping[str, Any],
-    images: EvalImages,
-    classes: tuple[str, ...],
-    same: ClassAliases,
-    options: schema.Ensemble,
+    files: Mapping[str, Path], images: EvalImages, classes: Sequence[str], same: ClassAliases, options: schema.Ensemble
 ) -> dict[str, Predictions]:
     """Read each file's predictions of the test images, in their order, by system name.
 
@@ -169,8 +161,6 @@ def read_files(
     ids, submitted = [str(name) for name in images.ids], {}
     answer = {"answer": options.answer, "positive": options.positive_class}
     for name, path in files.items():
-        if name in groups:
-            raise DataError(f"{path} and a system of the models are both called {name!r}; rename one of them")
         submitted[name] = read_submission(path, ids, classes, same, **answer).reindex(ids)
         if options.blend in ("geometric", "rank") and contains_labels(submitted[name]):
             raise SettingsError(
@@ -194,37 +184,26 @@ def predict_each(
     """
     if not groups:
         return {}, []
-    from fivefold.trained_model import ImageList, SharedEvalImages
+    from fivefold.build import describe_runtime
+    from fivefold.trained_model import ImageList, SharedEvalImages, load_model
 
     explicit, prior = settings.predict.model_dump(exclude_unset=True), settings.ensemble.unreadable == "prior"
-    shared = SharedEvalImages(ImageList(store, images.paths), job.scratch, prior)
-    log_probs = {name: predict_system(group, shared, explicit, within) for name, group in groups.items()}
+    shared, blended = SharedEvalImages(ImageList(store, images.paths), job.scratch, prior), {}
+    for name, group in groups.items():
+        predicted, classes = [], group[0].info["classes"]
+        for number, model in enumerate(group, start=1):
+            member = load_model(model, explicit)
+            log.info("%s (%d of %d) predicts on %s", model.name, number, len(group), describe_runtime(member.runtime))
+            log_probs = member.predict_cached(shared, model.name)
+            shares = np.maximum(np.array(model.info["shares"], np.float64), MIN_SHARE)
+            log_probs[shared.unreadable] = np.log(shares / shares.sum())
+            del member
+            predicted.append(reorder_classes(log_probs, model.info["classes"], classes))
+        blended[name] = apply_blend(within, predicted)
     if rows := shared.unreadable:
         words = "test images cannot be read; they get the class shares of the training data"
         log.warning("%d %s: %s", len(rows), words, ", ".join(map(str, images.paths[rows])))
-    return log_probs, rows
-
-
-def class_prior(model: ModelDir) -> np.ndarray:
-    """Return the log of the class shares [C] in the model's split, none below MIN_SHARE."""
-    shares = np.maximum(np.array(model.info["shares"], np.float64), MIN_SHARE)
-    return np.log(shares / shares.sum()).astype(np.float32)
-
-
-def predict_system(group: list[ModelDir], eval_images: Any, explicit: Mapping[str, Any], within: str) -> np.ndarray:
-    """Predict with a system's models and combine them into one [N, C] with equal weights; load one network at a time."""
-    from fivefold.build import describe_runtime
-    from fivefold.trained_model import load_model
-
-    predicted, classes = [], group[0].info["classes"]
-    for number, model in enumerate(group, start=1):
-        member = load_model(model, explicit)
-        log.info("%s (%d of %d) predicts on %s", model.name, number, len(group), describe_runtime(member.runtime))
-        log_probs = member.predict_cached(eval_images, model.name)
-        log_probs[eval_images.unreadable] = class_prior(model)
-        del member
-        predicted.append(reorder_classes(log_probs, model.info["classes"], classes))
-    return apply_blend(within, predicted, equal_weights(len(predicted)))
+    return blended, rows
 
 
 def load_system(name: str, group: list[ModelDir], views: list[Spec] | None, within: str) -> System:
@@ -242,9 +221,16 @@ def load_system(name: str, group: list[ModelDir], views: list[Spec] | None, with
 
 
 def mean_table(group: list[ModelDir], file: str, within: str = "mean") -> Predictions | None:
-    """Combine the models' tables `file` into one; None unless all of them have it."""
+    """Combine the models' tables `file` into one with equal weights; None unless all of them have it."""
     paths = [model.path / file for model in group]
-    return blend_models([predictions.read(path) for path in paths], within) if all(p.is_file() for p in paths) else None
+    if not all(path.is_file() for path in paths):
+        return None
+    tables = [predictions.read(path) for path in paths]
+    if within == "mean":
+        return mean_by_id(tables)
+    tables = align_rows(tables)
+    log_probs = apply_blend(within, [table.log_probs for table in tables])
+    return replace(tables[0], fold=np.full(len(tables[0]), -1, np.int16), log_probs=log_probs)
 
 
 def make_table(images: EvalImages, system: str, classes: tuple[str, ...], log_probs: np.ndarray) -> Predictions:
@@ -267,25 +253,22 @@ def save_submission(path: Path, table: Predictions, images: EvalImages, same: Cl
 
 
 def save_submission_per_system(
-    folder: Path,
-    probabilities: Mapping[str, np.ndarray],
-    images: EvalImages,
-    classes: tuple[str, ...],
-    same: ClassAliases,
+    folder: Path, tables: Sequence[Predictions], images: EvalImages, same: ClassAliases
 ) -> list[Path]:
-    """Write output_<system>.csv for every system: its probabilities of all classes, for blending elsewhere.
+    """Write output_<system>.csv for every table: a system's probabilities of all classes, for blending elsewhere.
 
     Classes with the same meaning keep their own probabilities, except merged classes.
     """
     for old in folder.glob(f"{PREFIX}*.csv"):
         old.unlink()
     plain = replace(same, policy="merge" if same.canonical_names else "none")
-    names = {system: re.sub(r"[^\w.()+-]+", "_", system) for system in probabilities}
-    if len(set(names.values())) < len(names):
-        raise DataError(f"several systems map to one file name: {', '.join(names)}; rename one with system=")
-    columns = images.sample.classes if images.sample and len(images.sample.classes) > 1 else same.names(classes)
-    layout = SampleSubmission(images.id_column, tuple(columns), images.ids)
-    return [
-        write_submission(folder / f"{PREFIX}{names[n]}.csv", make_table(images, n, classes, probs), layout, plain)
-        for n, probs in probabilities.items()
-    ]
+    names = [re.sub(r"[^\w.()+-]+", "_", table.system) for table in tables]
+    if len(set(names)) < len(names):
+        systems = ", ".join(table.system for table in tables)
+        raise DataError(f"several systems map to one file name: {systems}; rename one with system=")
+    paths = [folder / f"{PREFIX}{name}.csv" for name in names]
+    sample = images.sample.classes if images.sample and len(images.sample.classes) > 1 else ()
+    for path, table in zip(paths, tables, strict=True):
+        layout = SampleSubmission(images.id_column, tuple(sample or same.names(table.classes)), images.ids)
+        write_submission(path, table, layout, plain)
+    return paths

@@ -28,7 +28,7 @@ HEADLINE = ("rows", "n", "accuracy", "logloss", "f1_macro", "ece")
 def main(job: StageContext, settings: Settings) -> StageResult:
     """Score test, holdout and out-of-fold rows, as far as they exist; return the written files and the figures."""
     options, folder = settings.evaluate, job.output()
-    inputs = EvaluationInputs(job, settings.data, settings.ensemble.answer, settings.ensemble.positive_class)
+    inputs = EvaluationInputs(job, settings)
     scored = [rows for rows in (inputs.test(), inputs.holdout(), inputs.out_of_fold()) if rows is not None]
     if not scored:
         if not options.allow_empty:
@@ -36,9 +36,7 @@ def main(job: StageContext, settings: Settings) -> StageResult:
                 "nothing to evaluate: set SM_CHANNEL_GROUND_TRUTH (or SM_GROUND_TRUTH_DIR) with SM_CHANNEL_PREDICTIONS, "
                 "or SM_CHANNEL_MODEL with models that have out-of-fold or holdout predictions"
             )
-        log.warning(
-            "no row has a ground truth, so there are no scores and no report; put a gt.csv beside test.csv to get them"
-        )
+        log.warning("no row has a ground truth, so there are no scores and no report; put a gt.csv beside test.csv")
         write_json(folder / METRICS, {})
         return StageResult([folder / METRICS])
     figures = {rows.name: rows.figures(options.top_k, options.bins) for rows in scored}
@@ -46,10 +44,7 @@ def main(job: StageContext, settings: Settings) -> StageResult:
         figures["test"] |= scores_outside_split(scored[0], inputs.overlap, options.top_k, options.bins)
     if inputs.selected and "holdout" in figures:
         figures["holdout"]["selected_on"] = "holdout"
-    folds = [
-        (model, full_report(table.log_probs, table.codes(), options.top_k, options.bins))
-        for model, table in inputs.folds()
-    ]
+    folds = [(m, full_report(t.log_probs, t.codes(), options.top_k, options.bins)) for m, t in inputs.folds()]
     mistakes = {rows.name: rows.mistakes() for rows in scored}
     shown = {name: rows[: options.num_error_images] for name, rows in mistakes.items()}
     pictures = report.draw_report(scored[0], inputs.curves(), options.bins)
@@ -89,8 +84,8 @@ def scores_outside_split(rows: scored_rows.ScoredRows, known: Set[str], top_k: i
         log.warning("all %d test images are images of the split: no score covers new images", len(new))
         return overlap
     rest = rows.table.take(new)
-    overlap["not_in_split"] = full_report(rest.log_probs, rest.codes(), top_k, bins)
-    values = overlap["in_split"], len(new), overlap["not_in_split"]["accuracy"], overlap["not_in_split"]["logloss"]
+    scores = overlap["not_in_split"] = full_report(rest.log_probs, rest.codes(), top_k, bins)
+    values = overlap["in_split"], len(new), scores["accuracy"], scores["logloss"]
     log.warning("%d of %d test images are images of the split; of the others: accuracy %.4f, logloss %.4f", *values)
     return overlap
 
@@ -98,8 +93,8 @@ def scores_outside_split(rows: scored_rows.ScoredRows, known: Set[str], top_k: i
 def write_score_tables(
     folder: Path, first: scored_rows.ScoredRows, mistakes: Mapping[str, pd.DataFrame], selecting: Set[str]
 ) -> list[Path]:
-    """Write the per-class table and confusion matrix of the `first` rows, and all mistakes; those in `selecting` go to their own file."""
-    written = [scored_rows.write_per_class(folder / "per_class.csv", first)]
+    """Write the per-class table and confusion matrix of the `first` rows, and all mistakes, `selecting` rows to their own file."""
+    written = [scored_rows.write_csv(folder / "per_class.csv", first.per_class())]
     written.append(scored_rows.write_confusion(folder / "confusion_matrix.csv", first))
     for file, selected in zip(WRONG_FILES, (True, False), strict=True):
         (folder / file).unlink(missing_ok=True)

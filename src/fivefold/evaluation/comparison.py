@@ -31,9 +31,9 @@ Scores = Mapping[str, float | int | None]
 class Experiment:
     """One experiment of a comparison.
 
-    `source`: the path of the submission file or of the run's folder. `file` and `table`: its submission
-    of the test rows, with labels if there is a ground truth; `labels_only` if that has classes without probabilities. `oof`: its out-of-fold
-    rows; `oof_description` describes their models.
+    `source`: the path of the submission file or of the run's folder. `file` and `table`: its submission of the test rows,
+    with labels if there is a ground truth, as `labels_only` if it has classes without probabilities. `oof`: its
+    out-of-fold rows by the models `oof_description`.
     """
 
     name: str
@@ -49,9 +49,8 @@ class Experiment:
         if self.table is None or self.table.labels is None:
             return None
         probs = np.exp(self.table.log_probs.astype(np.float64))
-        return _figures(
-            self.table, None if self.labels_only else metrics.competition_logloss(probs, self.table.codes())
-        )
+        loss = None if self.labels_only else metrics.competition_logloss(probs, self.table.codes())
+        return _figures(self.table, loss)
 
     def oof_scores(self) -> Scores | None:
         """Return SCORE_NAMES of the out-of-fold rows; None without any."""
@@ -75,10 +74,7 @@ def agreement(tables: Sequence[Predictions]) -> np.ndarray:
 
 
 def correlation(tables: Sequence[Predictions]) -> np.ndarray:
-    """Return Pearson's correlation [M, M] of all probabilities of two tables; NaN if one of them is constant.
-
-    Class indices are not correlated: an index is only a name, and renaming classes would change the result.
-    """
+    """Return Pearson's correlation [M, M] of all probabilities of two tables; NaN if one of them is constant."""
     flat = np.stack([np.exp(table.log_probs.astype(np.float64)).ravel() for table in tables])
     flat -= flat.mean(axis=1, keepdims=True)
     length = np.sqrt((flat**2).sum(axis=1))
@@ -95,7 +91,7 @@ def pairwise_agreement(experiments: Sequence[Experiment]) -> tuple[PairwiseAgree
     names = {number: e.name for number, (e, table) in enumerate(predicted, start=1) if table}
     if len(names) < 2:
         return None, notes
-    tables = same_tables([table for _, table in predicted if table], list(names.values()), strict=kind == "test")
+    tables = same_tables({e.name: table for e, table in predicted if table}, strict=kind == "test")
     rows = f"{len(tables[0]):,} {kind} rows"
     return PairwiseAgreement(names, rows, agreement(tables), correlation(tables)), notes
 
@@ -114,12 +110,11 @@ def paired_differences(tables: Mapping[str, Predictions], certain: Collection[st
     for (a, one), (b, other) in combinations(tables.items(), 2):
         if set(one.classes) != set(other.classes) or set(one.ids).isdisjoint(other.ids):
             continue
-        both = same_tables([one, other], [a, b], strict=False)
+        both = same_tables({a: one, b: other}, strict=False)
         codes = both[0].codes()
         right = [(metrics.predicted_classes(table.log_probs) == codes).astype(float) for table in both]
-        losses = [
-            -table.log_probs[np.arange(len(codes)), codes].clip(np.log(metrics.FLOOR)).astype(float) for table in both
-        ]
+        truth = [table.log_probs[np.arange(len(codes)), codes] for table in both]
+        losses = [-values.clip(np.log(metrics.FLOOR)).astype(float) for values in truth]
         only_first, only_second = (int((right[index] > right[1 - index]).sum()) for index in (0, 1))
         test = binomtest(only_first, only_first + only_second).pvalue if only_first + only_second else 1.0
         row = {"first": a, "second": b, "n": len(codes), "p": float(test)}
@@ -131,33 +126,33 @@ def paired_differences(tables: Mapping[str, Predictions], certain: Collection[st
     return differences
 
 
-def same_tables(tables: Sequence[Predictions], names: Sequence[str], strict: bool) -> list[Predictions]:
+def same_tables(tables: Mapping[str, Predictions], strict: bool) -> list[Predictions]:
     """Return the tables in the first one's order of rows and classes: all its rows, or the common rows if not `strict`.
 
     Raise a DataError with the experiments and the ids or classes that only one side has.
     """
-    first, ids = tables[0], list(tables[0].ids)
-    for name, table in zip(names, tables, strict=True):
+    (first_name, first), *_ = tables.items()
+    ids = list(first.ids)
+    for name, table in tables.items():
         differing = sorted(set(table.classes) ^ set(first.classes))
         if differing:
-            raise DataError(f"{names[0]} and {name} predict different classes: {preview(differing)}")
+            raise DataError(f"{first_name} and {name} predict different classes: {preview(differing)}")
         others = set(table.ids)
         if strict:
-            check_same_ids(ids, names[0], others, name)
+            check_same_ids(ids, first_name, others, name)
         ids = [row_id for row_id in ids if row_id in others]
     if not ids:
-        raise DataError(f"{', '.join(names)} have no row in common")
-    return [table.with_classes(first.classes).reindex(ids) for table in tables]
+        raise DataError(f"{', '.join(tables)} have no row in common")
+    return [table.with_classes(first.classes).reindex(ids) for table in tables.values()]
 
 
 def write_all_submissions(path: Path, experiments: Sequence[Experiment], id_column: str) -> Path:
     """Write all submissions into one table: `experiment`, the ids, and one probability column per class."""
-    submitted = [experiment for experiment in experiments if experiment.table is not None]
-    names = [experiment.name for experiment in submitted]
-    tables = same_tables([experiment.table for experiment in submitted], names, strict=True)
+    submitted = {e.name: e.table for e in experiments if e.table is not None}
+    tables = same_tables(submitted, strict=True)
     frame = pd.DataFrame(np.exp(np.concatenate([table.log_probs for table in tables]), dtype=np.float64))
     frame.insert(0, "id", np.concatenate([table.ids for table in tables]))
-    frame.insert(0, "experiment", np.repeat(names, len(tables[0])))
+    frame.insert(0, "experiment", np.repeat(list(submitted), len(tables[0])))
     return write_csv(path, frame, ["experiment", id_column, *tables[0].classes], digits="%.9g")
 
 
@@ -167,8 +162,8 @@ def draw_comparison(
     """Return PNG bytes by file name without suffix; a picture without data is omitted."""
     pictures = {}
     if any(figures):
-        names, known = [experiment.name for experiment in experiments], [scores or {} for scores in figures]
-        pictures["model_acc"] = render_png(plots.plot_scores, names, known)
+        known = [scores or {} for scores in figures]
+        pictures["model_acc"] = render_png(plots.plot_scores, [e.name for e in experiments], known)
     if pairs is not None:
         pictures["correlation"] = render_png(plots.plot_agreement, pairs.names, pairs.agreement, pairs.correlation)
     return pictures
@@ -176,8 +171,7 @@ def draw_comparison(
 
 def write_scores(path: Path, experiments: Sequence[Experiment], tables: Mapping[str, Sequence[Scores | None]]) -> Path:
     """Write one row per experiment: its number and name, and SCORE_NAMES of each of `tables`, empty if unknown."""
-    numbers = range(1, len(experiments) + 1)
-    frame = pd.DataFrame({"number": numbers, "experiment": [experiment.name for experiment in experiments]})
+    frame = pd.DataFrame({"number": range(1, len(experiments) + 1), "experiment": [e.name for e in experiments]})
     for name, figures in tables.items():
         known = pd.DataFrame([scores or {} for scores in figures], columns=SCORE_NAMES)
         frame = frame.join(known.astype(dict.fromkeys(SCORE_NAMES, float) | {"n": "Int64"}).add_prefix(f"{name}_"))
@@ -185,17 +179,13 @@ def write_scores(path: Path, experiments: Sequence[Experiment], tables: Mapping[
 
 
 def render_page(
-    title: str,
-    experiments: Sequence[Experiment],
-    tables: Mapping[str, Sequence[Scores | None]],
-    **content: Any,
+    title: str, experiments: Sequence[Experiment], tables: Mapping[str, Sequence[Scores | None]], **content: Any
 ) -> str:
     """Render the complete HTML page of a comparison; `content`: the template's `pairs`, `differences`, `pictures`, `notes`."""
     numbered = list(enumerate(experiments, start=1))
     rows = {name: [row for row in zip(numbered, figures, strict=True) if row[1]] for name, figures in tables.items()}
-    return render_template(
-        TEMPLATE, title=title, experiments=experiments, tables=rows, titles=TITLES, about=CAPTIONS, **content
-    )
+    fixed = {"experiments": experiments, "titles": TITLES, "about": CAPTIONS}
+    return render_template(TEMPLATE, title=title, tables=rows, **fixed, **content)
 
 
 def _figures(table: Predictions, logloss: float | None) -> Scores:

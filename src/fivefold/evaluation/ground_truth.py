@@ -27,12 +27,10 @@ def find_ground_truth_file(where: Path) -> Path:
     """Return the ground-truth CSV: `where` itself, or gt.csv, ground_truth.csv (in any case) or the only CSV in that folder."""
     if where.is_file():
         return where
-    tables = [path for path in sorted(where.glob("*.[cC][sS][vV]")) if path.is_file()]
-    if name := pick_ground_truth_file(path.name for path in tables):
+    tables = [path.name for path in sorted(where.glob("*.[cC][sS][vV]")) if path.is_file()]
+    if name := pick_ground_truth_file(tables) or (tables[0] if len(tables) == 1 else ""):
         return where / name
-    if len(tables) == 1:
-        return tables[0]
-    listed = ", ".join(path.name for path in tables) or "no CSV"
+    listed = ", ".join(tables) or "no CSV"
     raise MissingInputError(
         f"no {' or '.join(GROUND_TRUTH_NAMES)} in {where} (found: {listed}); rename the ground truth to gt.csv"
     )
@@ -43,8 +41,7 @@ def read_ground_truth(path: Path, id_column: str = "", ids: Collection[str] = ()
 
     The id column is `id_column`, else id, else the first named column; if it does not contain exactly the `ids`,
     another column that does. The class column is the first of CLASS_NAMES in the table, else the only other column.
-    Raise a DataError for an empty table, a duplicate id, a row without a class, or several columns
-    that could be the class.
+    Raise a DataError for an empty table, a duplicate id, a row without a class, or an ambiguous class column.
     """
     table = open_csv(path)
     if len(table.columns) < 2:
@@ -81,14 +78,12 @@ def _class_columns(table: CsvFile, row_id: str) -> list[str]:
 
 def add_labels(table: Predictions, truth: dict[str, str], where: Path) -> Predictions:
     """Return `table` with labels; raise a DataError if ids differ or a true class is unknown to the table."""
-    ids = [str(name) for name in table.ids]
-    check_same_ids(truth, str(where), ids, "the predictions")
-    unknown = sorted(set(truth.values()) - set(table.classes))
-    if unknown:
+    check_same_ids(truth, str(where), table.ids, "the predictions")
+    if unknown := sorted(set(truth.values()) - set(table.classes)):
         raise DataError(
             f"{where}: unknown classes {preview(unknown)}; the model's classes are {preview(table.classes)}"
         )
-    return replace(table, labels=np.array([truth[name] for name in ids], dtype=object))
+    return replace(table, labels=np.array([truth[name] for name in table.ids], dtype=object))
 
 
 def score_labels(answers: dict[str, str], truth: dict[str, str], where: Path) -> dict[str, float | int]:

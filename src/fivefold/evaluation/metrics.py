@@ -5,10 +5,9 @@ Calibration follows Guo et al. 2017, "On calibration of modern neural networks",
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import numpy as np
-
-from fivefold.lookup import choose
 
 EPOCH_METRICS = ("accuracy", "logloss", "f1_macro")
 FLOOR = 1e-15
@@ -21,22 +20,17 @@ def predicted_classes(log_probs: np.ndarray) -> np.ndarray:
     return log_probs.argmax(axis=1)
 
 
-def sklearn_metric(name: str, **options: object) -> Metric:
+def sklearn_metric(name: str, log_probs: np.ndarray, codes: np.ndarray, **options: object) -> float:
     """Return the metric `sklearn.metrics.<name>` of the most probable classes; `options` are its other arguments."""
+    from sklearn import metrics
 
-    def metric(log_probs: np.ndarray, codes: np.ndarray) -> float:
-        from sklearn import metrics
-
-        return float(getattr(metrics, name)(codes, predicted_classes(log_probs), **options))
-
-    return metric
+    return float(getattr(metrics, name)(codes, predicted_classes(log_probs), **options))
 
 
 def top_k_accuracy(log_probs: np.ndarray, codes: np.ndarray, k: int = 5) -> float:
     """Return the share of rows with the true class among the k most probable ones; 1 if k >= C.
 
-    Of equal probabilities the earlier class ranks higher, as in `predicted_classes` (scikit-learn takes the
-    later one), so that k = 1 is the accuracy.
+    Of equal probabilities the earlier class ranks higher (in scikit-learn the later one), so that k = 1 is the accuracy.
     """
     ranked = np.argsort(-log_probs, axis=1, kind="stable")[:, :k]
     return float((ranked == codes[:, None]).any(axis=1).mean())
@@ -53,26 +47,9 @@ def competition_logloss(probs: np.ndarray, codes: np.ndarray) -> float:
     return float(-np.log(np.clip(shares, FLOOR, 1 - FLOOR)).mean())
 
 
-def confusion_matrix(log_probs: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """Return counts [C, C] int64: true class by row, predicted class by column."""
-    from sklearn.metrics import confusion_matrix
-
-    return confusion_matrix(codes, predicted_classes(log_probs), labels=range(log_probs.shape[1]))
-
-
-def per_class_table(log_probs: np.ndarray, codes: np.ndarray) -> dict[str, np.ndarray]:
-    """Return per class [C]: `precision`, `recall`, `f1` in [0, 1] (0 if undefined), and the counts `support` and `predicted`."""
-    from sklearn.metrics import precision_recall_fscore_support
-
-    guesses, labels = predicted_classes(log_probs), range(log_probs.shape[1])
-    scores = precision_recall_fscore_support(codes, guesses, labels=labels, zero_division=0)
-    table = dict(zip(("precision", "recall", "f1", "support"), scores, strict=True))
-    return table | {"predicted": np.bincount(guesses, minlength=len(labels))}
-
-
 def compute_metrics(log_probs: np.ndarray, codes: np.ndarray, names: Iterable[str] = EPOCH_METRICS) -> dict[str, float]:
     """Return the metrics `names`, by default those of an epoch."""
-    return {name: choose(METRICS, "metric", name)(log_probs, codes) for name in names}
+    return {name: METRICS[name](log_probs, codes) for name in names}
 
 
 def full_report(log_probs: np.ndarray, codes: np.ndarray, top_k: int = 5, bins: int = 15) -> dict[str, float | int]:
@@ -102,10 +79,10 @@ def bootstrap_interval(values: np.ndarray, draws: int = 1000) -> tuple[float, fl
 
 
 def effective_rows(correct: np.ndarray, clusters: np.ndarray) -> float:
-    """Return the effective number of independent rows of `correct` [N], given the clusters of correlated rows `clusters` [N].
+    """Return the effective number of independent rows of `correct` [N], given clusters of correlated rows [N], from 0.
 
     It is N over the design effect: the variance of the share between clusters over the variance of N independent rows
-    (Kish 1965, section 5.4). It is at most N, and the number of clusters if there is no variance. Clusters count from 0.
+    (Kish 1965, section 5.4). It is at most N, and the number of clusters if there is no variance.
     """
     rows, hits, share = np.bincount(clusters), np.bincount(clusters, correct), correct.mean()
     groups, count, spread = len(rows), len(correct), ((hits - share * rows) ** 2).sum()
@@ -116,17 +93,16 @@ def effective_rows(correct: np.ndarray, clusters: np.ndarray) -> float:
 
 
 METRICS: dict[str, Metric] = {
-    "accuracy": sklearn_metric("accuracy_score"),
+    "accuracy": partial(sklearn_metric, "accuracy_score"),
     "logloss": logloss,
     "competition_logloss": lambda log_probs, codes: competition_logloss(np.exp(log_probs), codes),
     **{
-        f"{name}_{average}": sklearn_metric(f"{name}_score", average=average, zero_division=0)
+        f"{name}_{average}": partial(sklearn_metric, f"{name}_score", average=average, zero_division=0)
         for name in ("f1", "precision", "recall")
         for average in ("macro", "weighted")
     },
 }
 """All metrics of a report; macro metrics cover the classes that occur as truth or as prediction. To add one, add a line."""
-
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.0
 """Bounds of a fitted temperature: if every row is right (or wrong), the loss has no minimum."""
@@ -138,7 +114,7 @@ def reliability_table(log_probs: np.ndarray, codes: np.ndarray, bins: int = 15) 
     Bins have equal width and are open below: (low, high], as in section 2 of the paper.
     """
     confidence = np.exp(log_probs.max(axis=1).astype(np.float64)).clip(0, 1)
-    right = log_probs.argmax(axis=1) == codes
+    right = predicted_classes(log_probs) == codes
     edges = np.linspace(0, 1, bins + 1)
     bin_index = np.searchsorted(edges[1:-1], confidence, side="left")
     rows = np.bincount(bin_index, minlength=bins)
@@ -163,10 +139,7 @@ def apply_temperature(log_probs: np.ndarray, temperature: float) -> np.ndarray:
 
 
 def fit_temperature(log_probs: np.ndarray, codes: np.ndarray) -> float:
-    """Return the temperature in [0.01, 100] that minimises the log loss of `apply_temperature` (section 4.2).
-
-    The loss is convex in 1/T, so it has a single minimum over log T.
-    """
+    """Return the temperature in [0.01, 100] with the lowest log loss (section 4.2), which is convex in 1/T."""
     from scipy.optimize import minimize_scalar
 
     logits = np.maximum(log_probs.astype(np.float64), np.log(np.finfo(np.float64).tiny))

@@ -77,7 +77,12 @@ def plot_training_curves(logs: Mapping[str, Path], target: Target) -> None:
 
     Empty cells (no validation rows) are skipped. A large dot marks the lowest log loss of each model.
     """
-    tables = {name: _read_train_log(path) for name, path in logs.items()}
+    tables = {}
+    for name, path in logs.items():
+        try:
+            tables[name] = pd.read_csv(path, dtype=np.float64, index_col=False)
+        except ValueError as error:
+            raise DataError(f"{path} is not a training log: {error}") from error
     with _new_figure(target, (9.6, 6.0)) as figure:
         axes = figure.subplots(2, 2).flat
         for axis, (title, columns) in zip(axes, CURVES.items(), strict=True):
@@ -89,13 +94,6 @@ def plot_training_curves(logs: Mapping[str, Path], target: Target) -> None:
         if 1 < len(tables) <= len(SERIES):
             handles = [axes[1].plot([], [], color=colour)[0] for _, colour in zip(tables, SERIES, strict=False)]
             figure.legend(handles, list(tables), loc="outside lower center", ncols=6)
-
-
-def _read_train_log(path: Path) -> pd.DataFrame:
-    try:
-        return pd.read_csv(path, dtype=np.float64, index_col=False)
-    except ValueError as error:
-        raise DataError(f"{path} is not a training log: {error}") from error
 
 
 def _plot_curve(axis: "Axes", values: pd.DataFrame, colour: str, name: str) -> None:
@@ -110,10 +108,7 @@ def _plot_curve(axis: "Axes", values: pd.DataFrame, colour: str, name: str) -> N
 
 
 def plot_confusion(matrix: np.ndarray, classes: Sequence[str], target: Target) -> None:
-    """Plot the confusion matrix [C, C]: hits in one colour, confusions in another, as shares of the true class.
-
-    Up to 16 classes have counts in the cells, up to 40 have names at the axes; more classes have numbers.
-    """
+    """Plot the confusion matrix [C, C]: hits in one colour, confusions in another, as shares of the true class."""
     from matplotlib.colors import PowerNorm
 
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
@@ -159,10 +154,7 @@ def plot_reliability(table: Mapping[str, np.ndarray], ece: float, target: Target
 
 
 def plot_scores(names: Sequence[str], figures: Sequence[Mapping[str, float | None]], target: Target) -> None:
-    """Plot each experiment's accuracy with its 95 % interval, and its log loss, as bars with figures beside them.
-
-    `figures`: `accuracy`, `accuracy_low`, `accuracy_high` and `logloss` of each of `names`; None if unknown.
-    """
+    """Plot each experiment's accuracy with its 95 % interval and its log loss, as bars with figures; None if unknown."""
     columns = ["accuracy", "accuracy_low", "accuracy_high", "logloss"]
     accuracy, low, high, logloss = pd.DataFrame(list(figures), columns=columns).to_numpy(np.float64).T
     with _new_figure(target, (9.6, 1.15 + 0.4 * len(names))) as figure:
@@ -176,10 +168,7 @@ def plot_scores(names: Sequence[str], figures: Sequence[Mapping[str, float | Non
 
 
 def plot_agreement(names: Mapping[int, str], agreement: np.ndarray, correlation: np.ndarray, target: Target) -> None:
-    """Plot two heat maps [M, M] side by side: shares of rows with the same predicted class, correlations of probabilities.
-
-    `names`: the M experiments by number.
-    """
+    """Plot heat maps [M, M] of the agreement and the correlation of M experiments; `names`: the experiments by number."""
     side = 1.6 + 0.5 * min(len(names), MAX_WRITTEN) + 0.06 * min(max(len(names) - MAX_WRITTEN, 0), MAX_NAMED)
     with _new_figure(target, (2 * side + 2.6, side + 0.8)) as figure:
         axes = figure.subplots(1, 2)

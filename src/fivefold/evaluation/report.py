@@ -57,11 +57,11 @@ def render(
     """Render the complete HTML page, which opens with the first of the `scored` rows.
 
     `figures`: by name of `scored`. `folds`: name and figures of each fold's out-of-fold rows. `content`: the template's
-    `title`; `pictures`, from `draw_report`; by name of `scored` the `mistakes` (a DataFrame) and `notes` (a remark);
-    `thumbnails`, PNG or JPEG bytes by (name of `scored`, row id); `records`, the `stage.json` of the stages before; and
-    `data`, names and values of the split's counts.
+    `title`; `pictures`; by name of `scored` the `mistakes` (a DataFrame) and `notes`; `thumbnails` by (name of `scored`,
+    row id); `records`, the `stage.json` of the stages before; and `data`, names and values of the split's counts.
     """
     first = scored[0]
+    of_folds = pd.DataFrame([scores for _, scores in folds], columns=list(COMPARED_METRICS))
     return render_template(
         TEMPLATE,
         scored=scored,
@@ -72,8 +72,8 @@ def render(
         about=CAPTIONS,
         titles=TITLES,
         compared=COMPARED_METRICS,
-        spread=_spread([scores for _, scores in folds]),
-        per_class=pd.DataFrame(first.per_class()).assign(name=first.table.classes).to_dict("records"),
+        spread=of_folds.agg(["mean", "std"]).to_dict("list") if len(folds) > 1 else {},
+        per_class=first.per_class().to_dict("records"),
         pairs=confused_pairs(first),
         **content,
     )
@@ -105,11 +105,10 @@ def render_png(plot: Callable[..., None], *arguments: object) -> bytes:
 
 def write_pictures(folder: Path, pictures: Mapping[str, bytes]) -> list[Path]:
     """Write the PNG bytes by file name without suffix; return the paths."""
-    paths = [folder / f"{name}.png" for name in pictures]
-    for path, picture in zip(paths, pictures.values(), strict=True):
-        with atomic(path) as temporary:
+    for name, picture in pictures.items():
+        with atomic(folder / f"{name}.png") as temporary:
             temporary.write_bytes(picture)
-    return paths
+    return [folder / f"{name}.png" for name in pictures]
 
 
 def thumbnail(pixels: np.ndarray) -> bytes:
@@ -160,11 +159,3 @@ def _headline(scored: ScoredRows, figures: Mapping[str, Any], top_k: int) -> lis
         ("Calibration error", format_number(figures["ece"]), "confidence against accuracy"),
         ("Rows", format_number(figures["n"]), TITLES[scored.name].lower()),
     ]
-
-
-def _spread(folds: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
-    """Return mean and standard deviation of the compared figures over folds; empty for fewer than two folds."""
-    if len(folds) < 2:
-        return {}
-    values = {name: [fold[name] for fold in folds] for name in COMPARED_METRICS}
-    return {name: (float(np.mean(column)), float(np.std(column, ddof=1))) for name, column in values.items()}

@@ -16,14 +16,15 @@ from fivefold.predictions import Predictions, preview
 
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
+PER_CLASS = ("class", "precision", "recall", "f1", "support", "predicted")
 
 
 @dataclass(frozen=True)
 class ScoredRows:
     """Predictions with their true classes, and a description of the models and rows.
 
-    `name` is "test", "holdout" or "oof"; `subject` describes the models and `rows` the rows.
-    `paths` maps a row id to its image, `groups` to its group (a person, a product), if known.
+    `name` is "test", "holdout" or "oof"; `subject` describes the models and `rows` the rows. `paths` maps a row id to its
+    image, `groups` to its group (a person, a product), if known.
     """
 
     name: str
@@ -39,22 +40,34 @@ class ScoredRows:
         return self.table.codes()
 
     @cached_property
+    def guesses(self) -> np.ndarray:
+        """Predicted class indices [N]."""
+        return metrics.predicted_classes(self.table.log_probs)
+
+    @cached_property
     def confusion(self) -> np.ndarray:
-        """Counts [C, C], true class by row."""
-        return metrics.confusion_matrix(self.table.log_probs, self.codes)
+        """Counts [C, C], true class by row, predicted class by column."""
+        from sklearn.metrics import confusion_matrix
+
+        return confusion_matrix(self.codes, self.guesses, labels=range(len(self.table.classes)))
 
     def figures(self, top_k: int, bins: int) -> dict[str, float | int | str]:
         """Return `subject` and `rows`, then all scores."""
         scores = metrics.full_report(self.table.log_probs, self.codes, top_k, bins)
         return {"what": self.subject, "rows": self.rows, **scores}
 
-    def per_class(self) -> dict[str, np.ndarray]:
-        """Return `metrics.per_class_table`: scores and counts per class [C]."""
-        return metrics.per_class_table(self.table.log_probs, self.codes)
+    def per_class(self) -> pd.DataFrame:
+        """Return per `class`: `precision`, `recall`, `f1` in [0, 1] (0 if undefined), and the counts `support` and `predicted`."""
+        from sklearn.metrics import precision_recall_fscore_support
+
+        labels = range(len(self.table.classes))
+        scores = precision_recall_fscore_support(self.codes, self.guesses, labels=labels, zero_division=0)
+        columns = self.table.classes, *scores, np.bincount(self.guesses, minlength=len(labels))
+        return pd.DataFrame(dict(zip(PER_CLASS, columns, strict=True)))
 
     def interval(self) -> tuple[float, float]:
         """Return the 95 % Wilson interval of the accuracy for the effective number of rows, given the `groups`."""
-        right = metrics.predicted_classes(self.table.log_probs) == self.codes
+        right = self.guesses == self.codes
         clusters = [self.groups.get(name) or f"\0{name}" for name in self.table.ids]
         rows = metrics.effective_rows(right, np.unique(clusters, return_inverse=True)[1])
         return metrics.wilson_interval(float(right.mean()), rows)
@@ -64,26 +77,22 @@ class ScoredRows:
 
         Columns: `id`, `path` ("" if unknown), `true_class`, `predicted_class`, and its `confidence` in [0, 1].
         """
-        guesses = metrics.predicted_classes(self.table.log_probs)
-        wrong = np.flatnonzero(guesses != self.codes)
-        log_probs = self.table.log_probs[wrong, guesses[wrong]].astype(np.float64)
+        wrong = np.flatnonzero(self.guesses != self.codes)
+        log_probs = self.table.log_probs[wrong, self.guesses[wrong]].astype(np.float64)
         order = np.lexsort((self.table.ids[wrong].astype(str), -log_probs))
         rows, classes = wrong[order], np.array(self.table.classes, dtype=object)
         columns = {
             "id": self.table.ids[rows],
             "path": [self.paths.get(name, "") for name in self.table.ids[rows]],
             "true_class": classes[self.codes[rows]],
-            "predicted_class": classes[guesses[rows]],
+            "predicted_class": classes[self.guesses[rows]],
             "confidence": np.minimum(np.exp(log_probs[order]), 1.0),
         }
         return pd.DataFrame(columns)
 
 
 def concat_tables(tables: Sequence[Predictions]) -> Predictions:
-    """Concatenate the rows of all tables, with classes sorted by name.
-
-    Raise a DataError if their classes differ or one has no labels.
-    """
+    """Concatenate the rows of all tables, with classes sorted by name; raise a DataError for other classes or missing labels."""
     classes = tuple(sorted(tables[0].classes))
     unlabelled = [table.system for table in tables if table.labels is None]
     if unlabelled:
@@ -106,12 +115,6 @@ def confused_pairs(scored: ScoredRows, limit: int = 12) -> list[tuple[str, str, 
     support, classes = scored.confusion.sum(axis=1), scored.table.classes
     cells = [divmod(int(cell), len(classes)) for cell in order if off.flat[cell]]
     return [(classes[t], classes[p], int(off[t, p]), float(off[t, p] / support[t])) for t, p in cells]
-
-
-def write_per_class(path: Path, scored: ScoredRows) -> Path:
-    frame = pd.DataFrame(scored.per_class())
-    frame.insert(0, "class", scored.table.classes)
-    return write_csv(path, frame)
 
 
 def write_confusion(path: Path, scored: ScoredRows) -> Path:

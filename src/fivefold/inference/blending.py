@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fivefold.errors import SettingsError
-from fivefold.lookup import choose, did_you_mean
+from fivefold.lookup import choose
 
 MAX_ITERATIONS = 2000
 TOLERANCE = 1e-7
@@ -21,7 +21,7 @@ LogProbs = Sequence[np.ndarray]
 
 
 def mean(log_probs: LogProbs) -> np.ndarray:
-    """Return the log of the members' mean probability with equal weights; each member is [N, C]."""
+    """Return the log of the members' mean probability, float32 [N, C]."""
     return arithmetic(log_probs, equal_weights(len(log_probs)))
 
 
@@ -41,8 +41,8 @@ def geometric(log_probs: LogProbs, weights: np.ndarray) -> np.ndarray:
 def rank(log_probs: LogProbs, weights: np.ndarray) -> np.ndarray:
     """Return log Σ w r, each row normalised to sum 1; r in (0, 1] is the rank of a row among all N in a member's class.
 
-    Equal values share their mean rank. The members' confidence levels do not matter. The result
-    depends on which rows are ranked together, and is not a calibrated probability.
+    Equal values share their mean rank. The result depends on which rows are ranked together, and is not a calibrated
+    probability.
     """
     from scipy.stats import rankdata
 
@@ -51,8 +51,7 @@ def rank(log_probs: LogProbs, weights: np.ndarray) -> np.ndarray:
 
 
 def vote(log_probs: LogProbs, weights: np.ndarray) -> np.ndarray:
-    """Return the log of the shares of votes. A member votes for its most probable class. The highest mean probability
-    breaks ties; if that is equal too, the first class wins.
+    """Return the log of the shares of votes; a member votes for its most probable class.
 
     The mean probability counts as one further vote, split over the classes. So no class gets 0, ties are
     broken, and at equal weights no majority is overturned (the winner leads by a whole vote).
@@ -73,20 +72,12 @@ def equal_weights(members: int) -> np.ndarray:
 
 def weights_by_name(names: Sequence[str], by_name: Mapping[str, float]) -> np.ndarray:
     """Return the weights [members] of `names`, normalised to sum 1; raise a SettingsError for a missing or unknown name."""
-    unknown = [name for name in by_name if name not in names]
-    if unknown:
+    if set(by_name) != set(names) or sum(by_name.values()) <= 0:
         raise SettingsError(
-            f"ensemble.weights has the unknown name {unknown[0]!r}{did_you_mean(unknown[0], names)}; "
-            f"the systems are {', '.join(names)}"
-        )
-    missing = [name for name in names if name not in by_name]
-    if missing:
-        raise SettingsError(
-            f"ensemble.weights lacks {', '.join(missing)}; set a number for each system, 0 to exclude one"
+            f"ensemble.weights must have a number for each of the systems {', '.join(names)} (0 excludes one, at least "
+            f"one must be above 0), not {dict(by_name)}"
         )
     weights = np.array([by_name[name] for name in names], dtype=np.float64)
-    if weights.sum() <= 0:
-        raise SettingsError("ensemble.weights are all 0; at least one weight must be above 0")
     return weights / weights.sum()
 
 
@@ -109,14 +100,17 @@ def fit_weights(log_probs: LogProbs, codes: np.ndarray) -> np.ndarray:
 
 def greedy(log_probs: LogProbs, codes: np.ndarray) -> np.ndarray:
     """Return weights [members] of a greedy selection by log loss, which needs only the true classes' probabilities."""
-    columns = [row[:, None] for row in _true_class_probs(log_probs, codes)]
-    return _select(columns, lambda probs: (_logloss(probs, np.zeros_like(codes)),))
+    return _select(_true_class_probs(log_probs, codes), lambda truth: (-np.log(truth).mean(),))
 
 
 def greedy_accuracy(log_probs: LogProbs, codes: np.ndarray) -> np.ndarray:
     """Return weights [members] of a greedy selection by accuracy; log loss breaks ties."""
-    members = [np.exp(member.astype(np.float64)) for member in log_probs]
-    return _select(members, lambda probs: (float((probs.argmax(axis=1) != codes).mean()), _logloss(probs, codes)))
+    rows = np.arange(len(codes))
+
+    def loss(probs: np.ndarray) -> tuple[float, float]:
+        return (probs.argmax(axis=1) != codes).mean(), -np.log(np.maximum(probs[rows, codes], EPS)).mean()
+
+    return _select([np.exp(member.astype(np.float64)) for member in log_probs], loss)
 
 
 def cross_fit(log_probs: LogProbs, codes: np.ndarray, fold: np.ndarray, fit: "Fit" = fit_weights) -> np.ndarray:
@@ -129,10 +123,10 @@ def cross_fit(log_probs: LogProbs, codes: np.ndarray, fold: np.ndarray, fit: "Fi
     return result
 
 
-def apply_blend(name: str, log_probs: LogProbs, weights: np.ndarray) -> np.ndarray:
-    """Combine the members into one [N, C] by the blend `name`; a single member stays unchanged."""
-    combine = choose(BLENDS, "blend", name).combine
-    return (combine if len(log_probs) > 1 else arithmetic)(log_probs, weights)
+def apply_blend(name: str, log_probs: LogProbs, weights: np.ndarray | None = None) -> np.ndarray:
+    """Combine the members into one [N, C] by the blend `name`, by default with equal weights; a single one stays unchanged."""
+    combine = choose(BLENDS, "blend", name).combine if len(log_probs) > 1 else arithmetic
+    return combine(log_probs, equal_weights(len(log_probs)) if weights is None else weights)
 
 
 def _select(probs: LogProbs, loss: Callable[[np.ndarray], tuple[float, ...]]) -> np.ndarray:
@@ -156,10 +150,6 @@ def _true_class_probs(log_probs: LogProbs, codes: np.ndarray) -> np.ndarray:
     """Return the probabilities of the true classes [members, N], above 0."""
     rows = np.arange(len(codes))
     return np.maximum(np.stack([np.exp(member[rows, codes].astype(np.float64)) for member in log_probs]), EPS)
-
-
-def _logloss(probs: np.ndarray, codes: np.ndarray) -> float:
-    return float(-np.log(np.maximum(probs[np.arange(len(codes)), codes], EPS)).mean())
 
 
 Fit = Callable[[LogProbs, np.ndarray], np.ndarray]

@@ -51,7 +51,7 @@ class EnsembleSpec:
         """Blend the log-probabilities [N, C] of each of `models` into float32 [N, C]."""
         rest = iter(log_probs)
         groups = [[next(rest) for _ in group] for group in self.systems.values()]
-        systems = [apply_blend(self.within, group, equal_weights(len(group))) for group in groups]
+        systems = [apply_blend(self.within, group) for group in groups]
         return apply_temperature(apply_blend(self.between, systems, np.array(self.weights)), self.temperature)
 
     def describe(self, scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -83,8 +83,7 @@ def find_ensemble(models: Sequence[ModelDir], paths: Sequence[Path], required: b
     """
     if len(models) > 1:
         check_combinable(models)
-    read = {path: read_ensemble(path, models) for path in paths}
-    ensembles = {path: ensemble for path, ensemble in read.items() if ensemble is not None}
+    ensembles = {path: spec for path in paths if (spec := read_ensemble(path, models))}
     if required and not ensembles:
         names = ", ".join(model.name for model in models)
         raise DataError(f"{', '.join(map(str, paths))} blends other models; the models here are {names}")
@@ -138,8 +137,21 @@ def check_members(models: Sequence[ModelDir], product: bool = False) -> None:
         hint = "predict different factors of their classes (ensemble.blend=product combines such systems)"
         check_equal_field(models, "classes", hint if factored else "predict different classes")
     for system, group in group_by_system(models).items():
-        _check_settings(system, group)
-        _check_folds(system, group)
+        first, expected, folds = group[0], group[0].info["training"], group[0].info["folds"]
+        for model in group[1:]:
+            other = model.info["training"]
+            if differing := sorted(key for key in {*expected, *other} if expected.get(key) != other.get(key)):
+                raise DataError(
+                    f"{first.name} and {model.name} both belong to system {system!r} but differ in "
+                    f"{', '.join(differing[:5])}; retrain them, or rename one of the systems with system="
+                )
+        for seed in sorted({model.info["seed"] for model in group}):
+            trained = {model.info["fold"] for model in group if model.info["seed"] == seed}
+            if missing := sorted(set(range(folds)) - trained):
+                raise DataError(
+                    f"system {system!r} with seed {seed} lacks {', '.join(f'fold {fold}' for fold in missing)} of {folds}: "
+                    "train the missing folds first"
+                )
 
 
 def check_equal_field(models: Sequence[ModelDir], field: str, problem: str) -> None:
@@ -150,29 +162,3 @@ def check_equal_field(models: Sequence[ModelDir], field: str, problem: str) -> N
             raise DataError(
                 f"{first.name} and {model.name} {problem}; the models of an ensemble must share one split and the same classes"
             )
-
-
-def _check_settings(system: str, models: Sequence[ModelDir]) -> None:
-    first, expected = models[0].name, models[0].info["training"]
-    for model in models[1:]:
-        other = model.info["training"]
-        differing = sorted(key for key in {*expected, *other} if expected.get(key) != other.get(key))
-        if differing:
-            raise DataError(
-                f"{first} and {model.name} both belong to system {system!r} but differ in "
-                f"{', '.join(differing[:5])}; retrain them, or rename one of the systems with system="
-            )
-
-
-def _check_folds(system: str, models: Sequence[ModelDir]) -> None:
-    folds = models[0].info["folds"]
-    for seed in sorted({model.info["seed"] for model in models}):
-        trained = [model.info["fold"] for model in models if model.info["seed"] == seed]
-        missing = sorted(set(range(folds)) - set(trained))
-        if missing:
-            raise DataError(
-                f"system {system!r} with seed {seed} lacks {', '.join(f'fold {fold}' for fold in missing)} of {folds}: "
-                "train the missing folds first"
-            )
-        if len(trained) > folds:
-            raise DataError(f"system {system!r} with seed {seed} has {len(trained)} models for {folds} folds")

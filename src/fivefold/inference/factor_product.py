@@ -6,6 +6,7 @@ independent of the rest given the image. Systems that predict the same factors a
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -34,10 +35,8 @@ class FactorProduct:
     @property
     def systems_by_factors(self) -> dict[tuple[str, ...], list[str]]:
         """The systems that predict each set of factors."""
-        return {
-            knows: [name for name in self.known_factors if self.known_factors[name] == knows]
-            for knows in self.known_factors.values()
-        }
+        known = self.known_factors
+        return {knows: [name for name in known if known[name] == knows] for knows in known.values()}
 
     @property
     def weights(self) -> np.ndarray:
@@ -60,13 +59,10 @@ class FactorProduct:
         first, ordered = next(iter(tables.values())), {}
         for name, table in tables.items():
             check_same_ids(first.ids, f"system {first.system!r}", table.ids, f"system {name!r}")
-            ordered[name] = table.with_classes(self.factors.projected_classes(self.known_factors[name])).reindex(
-                first.ids
-            )
-        log_probs = self.combine({name: table.log_probs for name, table in ordered.items()})
-        return replace(
-            first, system=self.name, classes=self.factors.classes, log_probs=log_probs, labels=self._labels(ordered)
-        )
+            classes = self.factors.projected_classes(self.known_factors[name])
+            ordered[name] = table.with_classes(classes).reindex(first.ids)
+        log_probs, labels = self.combine({name: t.log_probs for name, t in ordered.items()}), self._labels(ordered)
+        return replace(first, system=self.name, classes=self.factors.classes, log_probs=log_probs, labels=labels)
 
     def combine_systems(self, systems: Sequence[System]) -> System:
         """Combine the systems into one; it has a table if all of them have that table."""
@@ -107,7 +103,18 @@ def build_product(groups: Mapping[str, Sequence[ModelDir]]) -> FactorProduct:
                 f"{', '.join(own)}); rename one of the systems with system="
             )
     factors = read_factors(first.info)
-    _check_cover(factors, knows)
+    for (one, names), (other, others) in combinations(knows.items(), 2):
+        if names != others and (shared := [name for name in names if name in others]):
+            raise DataError(
+                f"{one} ({', '.join(names)}) and {other} ({', '.join(others)}) both predict the factor {shared[0]}; systems "
+                "of a product must share all their factors, or none"
+            )
+    predicted = [name for names in knows.values() for name in names]
+    if missing := [name for name in factors.names if name not in predicted]:
+        raise DataError(
+            f"no model predicts the factor {', '.join(missing)}, only {', '.join(dict.fromkeys(predicted))}; "
+            f"train one with model.label_factors={','.join(missing)}, or set another ensemble.blend"
+        )
     return FactorProduct(factors, knows)
 
 
@@ -120,21 +127,3 @@ def read_factors(info: Mapping[str, Any]) -> LabelFactors:
 def needs_product(infos: Sequence[Mapping[str, Any]]) -> bool:
     """Return whether the models predict different factors, so that only a product can combine them."""
     return len({tuple(info.get("knows", ())) for info in infos}) > 1
-
-
-def _check_cover(factors: LabelFactors, knows: Mapping[str, tuple[str, ...]]) -> None:
-    owner: dict[str, str] = {}
-    for system, names in knows.items():
-        for factor in names:
-            other = owner.setdefault(factor, system)
-            if knows[other] != names:
-                raise DataError(
-                    f"{other} ({', '.join(knows[other])}) and {system} ({', '.join(names)}) both predict the factor "
-                    f"{factor}; systems of a product must share all their factors, or none"
-                )
-    missing = [name for name in factors.names if name not in owner]
-    if missing:
-        raise DataError(
-            f"no model predicts the factor {', '.join(missing)}, only {', '.join(owner)}; "
-            f"train one with model.label_factors={','.join(missing)}, or set another ensemble.blend"
-        )

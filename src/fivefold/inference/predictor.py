@@ -22,11 +22,11 @@ from fivefold.progress import track
 
 @dataclass(frozen=True)
 class Runtime:
-    """How a network runs on this machine: device, autocast precision, memory format, normalisation.
+    """How a network runs on this machine.
 
-    `dtype` is the autocast type, None for plain float32. `mean` and `std` are float [1, 3, 1, 1]
-    on the device, for images in 0..255. `process_group` is the process group that shards the rows.
-    `grouped_fp32`: grouped convolutions that bf16 slows down stay in float32 under autocast.
+    `dtype` is the autocast type, None for plain float32. `mean` and `std` are float [1, 3, 1, 1] on the device, for
+    images in 0..255. `process_group` shards the rows. `grouped_fp32`: grouped convolutions that bf16 slows down stay in
+    float32 under autocast.
     """
 
     device: torch.device
@@ -36,9 +36,7 @@ class Runtime:
     std: Tensor
     process_group: ProcessGroup = SINGLE_PROCESS
     grouped_fp32: bool = False
-    _tiled: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(
-        init=False, default_factory=dict, compare=False, repr=False
-    )
+    _tiled: dict[torch.Size, list[Tensor]] = field(init=False, default_factory=dict, compare=False, repr=False)
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -59,20 +57,16 @@ class Runtime:
         images = images.to(torch.float32)
         if self.device.type != "cpu":
             return images.sub_(self.mean).div_(self.std)
-        mean, std = self._tiles(images.shape[-2:])
+        size = images.shape[-2:]
+        if size not in self._tiled:
+            self._tiled[size] = [self._flatten(v.expand(1, 3, *size)).contiguous() for v in (self.mean, self.std)]
+        mean, std = self._tiled[size]
         self._flatten(images).sub_(mean).div_(std)
         return images
 
     def _flatten(self, images: Tensor) -> Tensor:
         """Return the images as a view [B, H·W·3] in memory order."""
         return (images.permute(0, 2, 3, 1) if self.channels_last else images).reshape(len(images), -1)
-
-    def _tiles(self, size: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Return mean and std [1, H·W·3] for an image of `size` in memory order; they are cached for the next batch."""
-        if size not in self._tiled:
-            mean, std = (self._flatten(value.expand(1, 3, *size)).contiguous() for value in (self.mean, self.std))
-            self._tiled[size] = mean, std
-        return self._tiled[size]
 
     def meta(self, meta: Tensor | None) -> Tensor | None:
         """Move meta features [B, M] to the device, if there are any."""
@@ -92,11 +86,8 @@ def make_runtime(
     grouped_fp32: bool = False,
 ) -> Runtime:
     """Build a Runtime from mean and std of images in 0..1."""
-
-    def scaled(values: Sequence[float]) -> Tensor:
-        return (torch.tensor(values, dtype=torch.float32) * 255).reshape(1, 3, 1, 1).to(device)
-
-    return Runtime(device, dtype, channels_last, scaled(mean), scaled(std), process_group, grouped_fp32)
+    scaled = [(torch.tensor(v, dtype=torch.float32) * 255).reshape(1, 3, 1, 1).to(device) for v in (mean, std)]
+    return Runtime(device, dtype, channels_last, *scaled, process_group, grouped_fp32)
 
 
 ViewReducer = Callable[[Sequence[Tensor]], Tensor]
@@ -107,12 +98,6 @@ def log_mean(logits: Sequence[Tensor], link: str = "softmax") -> Tensor:
     """Return the log of the mean probability over the views; `link` is a key of LINKS."""
     log_probs = torch.stack([LINKS[link](view).log_softmax(dim=1) for view in logits])
     return log_probs.logsumexp(dim=0) - float(np.log(len(logits)))
-
-
-def only_logits(logits: Sequence[Tensor]) -> Tensor:
-    """Return the logits of the only view."""
-    (only,) = logits
-    return only
 
 
 def predict_all(

@@ -48,8 +48,7 @@ class AnswerFormat:
 
     `kind`: `columns` (the probability of each column's class), `probability` (of one class), `class` (the name of the
     predicted class) or `number` (its number). `names`: the classes of the columns, the one class, or all classes.
-    `cells`: for `class` and `number`, the text for each name. `description`: the format as a log message.
-    `doubt`: a warning if the format is a guess.
+    `cells`: the text for each name of a `class` or `number`. `doubt`: a warning if the format is a guess.
     """
 
     kind: str
@@ -64,8 +63,7 @@ def detect_format(
 ) -> AnswerFormat:
     """Return the format that a sample's columns and values require of a model with `classes`.
 
-    Raise a DataError if the columns are not the classes, or if it is unclear what a single column holds. Raise a
-    SettingsError for an invalid setting.
+    Raise a DataError for columns that are not the classes, or an ambiguous single column; a SettingsError for invalid settings.
     """
     names = same.names(classes)
     if submission.positive and not match_name(submission.positive, names):
@@ -76,7 +74,7 @@ def detect_format(
             return column.form()
     elif submission.answer != "auto" or submission.positive:
         raise SettingsError(
-            f"ensemble.answer and ensemble.positive_class apply only to samples with one column after the ids; this sample has "
+            "ensemble.answer and ensemble.positive_class need a sample with one column after the ids, not "
             f"{len(submission.classes)}: remove both settings"
         )
     columns = match_columns(submission.classes, names, "the sample submission")
@@ -171,8 +169,8 @@ class _Column:
         return kind
 
     def _probability(self) -> AnswerFormat:
-        positive = match_name(self.sample_file.positive, self.names) if self.sample_file.positive else ""
-        positive = positive or self.called or guess_positive(self.names)
+        configured = self.sample_file.positive
+        positive = (configured and match_name(configured, self.names)) or self.called or guess_positive(self.names)
         if not positive:
             raise DataError(
                 f"the sample submission's column {self.name!r} holds the probability of one class, but it is unclear which of "
@@ -184,9 +182,8 @@ class _Column:
         """Return class names in the sample's spelling, if it formats numeric names or letter case differently."""
         cells, doubt = {name: name for name in self.names}, ""
         if self.numbers and self.by_number and not set(self.filled) <= set(self.names):
-            point = "," if self.sample_file.decimal == "," else "."
             spelt = {name: f"{number:.{self.decimals}f}" for number, name in self.by_number.items()}
-            cells = {name: cell.replace(".", point) for name, cell in spelt.items()}
+            cells = {name: cell.replace(".", self.sample_file.decimal) for name, cell in spelt.items()}
         elif strange := [cell for cell in self.filled if cell not in self.names]:
             spellings = {match_name(cell, self.names): cell for cell in strange}
             if len({match_name(cell, self.names) for cell in self.filled} - {""}) == len(self.names):
@@ -219,15 +216,13 @@ def write_submission(path: Path, table: Predictions, layout: SampleSubmission, s
     form = detect_format(layout, table.classes, same)
     if form.cells:
         frame = pd.DataFrame([form.cells[name] for name in _labels(rows, same)], dtype=object)
-    elif form.kind == "probability":
-        names = same.names(table.classes)
-        frame = pd.DataFrame(_probabilities(rows, names, same)[:, [names.index(form.names[0])]])
     else:
-        frame = pd.DataFrame(_probabilities(rows, form.names, same))
+        names = same.names(table.classes) if form.kind == "probability" else form.names
+        wanted = [names.index(name) for name in form.names]
+        frame = pd.DataFrame(_probabilities(rows, names, same)[:, wanted])
     frame.insert(0, "id", pd.Series(rows.ids, dtype=object))
     if layout.row_number_column:
         frame.insert(0, "number", np.arange(len(rows)))
-    encoding = "utf-8-sig" if layout.has_bom else "utf-8"
     with atomic(path) as temporary:
         frame.to_csv(
             temporary,
@@ -237,7 +232,7 @@ def write_submission(path: Path, table: Predictions, layout: SampleSubmission, s
             decimal=layout.decimal,
             float_format=DIGITS,
             lineterminator=layout.line_ending,
-            encoding=encoding,
+            encoding="utf-8-sig" if layout.has_bom else "utf-8",
         )
     return path
 

@@ -68,12 +68,10 @@ def read_submission(
     Answers are predicted classes, by name or number, or probabilities of one class. `detect_format` decides by the values, the
     classes (if there are none, the `likely` ones for numeric answers), and the settings `answer` and `positive`.
 
-    The ids are the first column, or the column of image paths if it contains the `ids`. Unless `all_ids` is false,
-    one of these columns must contain exactly the `ids`. Probabilities are normalised to sum 1 and clipped to [1e-15, 1],
-    as competitions do, so a file of predicted classes yields 1 and 1e-15.
-    If `classes` (of the models; merged names are summed) are passed, the file must have exactly these; otherwise the
-    file defines them. Raise a DataError with the path and the invalid ids (missing, unknown or duplicate), rows (no
-    finite probability), classes or columns. A .parquet file is a table of predictions.
+    The ids are the first column, or the column of image paths that has exactly the `ids`; one must, unless `all_ids` is
+    false. Probabilities are normalised to sum 1 and clipped to [1e-15, 1], as competitions do. The file must have exactly
+    the `classes` (of the models; merged names are summed) if they are passed. Raise a DataError with the path and the
+    invalid ids, rows, classes or columns. A .parquet file is a table of predictions.
     """
     if is_table(path):
         return _read_table(path, ids if all_ids else None, classes, same)
@@ -81,9 +79,14 @@ def read_submission(
     if len(table.columns) < 2:
         raise DataError(f"{path} is not a submission: it needs an id column, class columns and rows")
     frame = table.read()
-    paths = [name for name in frame if _holds_paths(normalize_class_name(name), frame[name].iat[0], model_classes)]
-    row_id = _id_column(path, frame, paths, ids, all_ids)
-    cells = frame.drop(columns={frame.columns[0], row_id, *paths}).rename(columns=normalize_class_name)
+    named = [name for name, plain in zip(table.columns, table.normalized_columns, strict=True) if plain in PATH_NAMES]
+    paths = [n for n in named if normalize_class_name(n) not in model_classes and not is_number(frame[n].iat[0])]
+    first, expected = frame.columns[0], set() if ids is None else set(ids)
+    row_id = next((name for name in (first, *paths) if set(frame[name]) == expected), first)
+    check_unique(frame[row_id], path)
+    if ids is not None and all_ids:
+        check_same_ids(frame[row_id], str(path), ids, "the test table")
+    cells = frame.drop(columns={first, row_id, *paths}).rename(columns=normalize_class_name)
     if cells.columns.empty or cells.columns.has_duplicates:
         raise DataError(f"{path} needs class columns without duplicates; its columns are {', '.join(table.columns)}")
     if len(cells.columns) == 1 and (len(model_classes) < 3 or not match_name(cells.columns[0], sorted(model_classes))):
@@ -121,22 +124,6 @@ def contains_labels(table: Predictions) -> bool:
     if len(table.classes) < 2:
         return True
     return bool((np.partition(table.log_probs, -2, axis=1)[:, -2] < np.log(2 * FLOOR)).all())
-
-
-def _holds_paths(name: str, cell: str, classes: Collection[str]) -> bool:
-    return name.lower() in PATH_NAMES and name not in classes and not is_number(cell)
-
-
-def _id_column(
-    path: Path, frame: pd.DataFrame, paths: Sequence[str], ids: Collection[str] | None, all_ids: bool
-) -> str:
-    """Return the column whose values are the `ids`: the first column or one of `paths`; else the first column."""
-    first, expected = str(frame.columns[0]), set() if ids is None else set(ids)
-    row_id = next((name for name in (first, *paths) if set(frame[name]) == expected), first)
-    check_unique(frame[row_id], path)
-    if ids is not None and all_ids:
-        check_same_ids(frame[row_id], str(path), ids, "the test table")
-    return row_id
 
 
 def _read_probabilities(

@@ -1,8 +1,7 @@
 """Systems in an ensemble: their tables, the weights between them, and their scores. No torch.
 
-The folds of one system have equal weights: each out-of-fold row has only one fold's prediction, so no
-weights can be fitted between folds. Between systems that share one split, convex weights are fitted on
-the out-of-fold rows. Their score is cross-fitted: the weights are refitted without each fold.
+The folds of one system have equal weights: an out-of-fold row has a prediction of one fold only. Convex weights between
+systems of one split are fitted on the out-of-fold rows. Their score is cross-fitted: refitted without each fold.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,8 +14,7 @@ from fivefold.csv_tables import check_same_ids
 from fivefold.evaluation.metrics import compute_metrics, cross_fit_temperature, fit_temperature
 from fivefold.inference.blending import BLENDS, apply_blend, cross_fit, equal_weights, weights_by_name
 from fivefold.log import log
-from fivefold.lookup import choose
-from fivefold.predictions import Predictions, mean_by_id
+from fivefold.predictions import Predictions
 
 MIN_HOLDOUT_ROWS = 50
 """Fewer rows are too few to fit a temperature."""
@@ -25,10 +23,9 @@ Score = dict[str, Any]
 
 @dataclass(frozen=True)
 class System:
-    """The models of one recipe: their combined out-of-fold and holdout tables, if there are any.
+    """The models of one recipe with their combined tables, if there are any; or a submission file, one model without tables.
 
-    With several `seeds` an out-of-fold row is the mean of one model per seed. A submission file in the
-    ensemble is a system of one model without tables.
+    With several `seeds` an out-of-fold row is the mean of one model per seed.
     """
 
     name: str
@@ -67,8 +64,7 @@ def compute_weights(systems: Sequence[System], rule: BlendConfig) -> tuple[np.nd
     Weights are fitted if there are several systems and all have out-of-fold rows of two or more folds.
     Otherwise they are equal, unless the user sets them.
     """
-    scores = score_systems(systems)
-    blend, weights = choose(BLENDS, "blend", rule.between), equal_weights(len(systems))
+    scores, blend, weights = score_systems(systems), BLENDS[rule.between], equal_weights(len(systems))
     if rule.between == "weighted":
         weights = weights_by_name([system.name for system in systems], rule.weights)
     tables = [system.oof for system in systems if system.oof is not None]
@@ -78,22 +74,21 @@ def compute_weights(systems: Sequence[System], rule: BlendConfig) -> tuple[np.nd
             log.warning("equal weights between the systems: no out-of-fold rows of %s to fit weights on", unknown)
         return weights, scores
     tables = align_rows(tables)
-    log_probs, first = [table.log_probs for table in tables], tables[0]
-    selected = any(system.folds_selected for system in systems)
-    codes = first.codes()
-    mixed = replace(first, log_probs=apply_blend("mean", log_probs, equal_weights(len(systems))))
-    scores.append(score(BLENDS["mean"].description, "out-of-fold", mixed, selected))
+    first, codes, log_probs = tables[0], tables[0].codes(), [table.log_probs for table in tables]
+
+    def add_score(description: str, rows: str, blended: np.ndarray) -> None:
+        selected = any(system.folds_selected for system in systems)
+        scores.append(score(description, rows, replace(first, log_probs=blended), selected))
+
+    add_score(BLENDS["mean"].description, "out-of-fold", apply_blend("mean", log_probs))
     if blend.fit and len(np.unique(first.fold)) > 1:  # with a single fold there are no other rows to fit on
-        mixed = replace(first, log_probs=cross_fit(log_probs, codes, first.fold, blend.fit))
-        scores.append(score(blend.description, "out-of-fold, cross-fitted by fold", mixed, selected))
+        blended = cross_fit(log_probs, codes, first.fold, blend.fit)
+        add_score(blend.description, "out-of-fold, cross-fitted by fold", blended)
         return blend.fit(log_probs, codes), scores
     if blend.fit:
-        log.warning(
-            "equal weights between the systems: the out-of-fold rows come from one fold, so none are left to score"
-        )
+        log.warning("equal weights between the systems: the out-of-fold rows come from one fold only")
     elif rule.between != "mean":
-        mixed = replace(first, log_probs=apply_blend(rule.between, log_probs, weights))
-        scores.append(score(blend.description, "out-of-fold", mixed, selected))
+        add_score(blend.description, "out-of-fold", apply_blend(rule.between, log_probs, weights))
     return weights, scores
 
 
@@ -122,15 +117,6 @@ def score_holdout(
     table = replace(table, log_probs=mixed)
     scores.append(score(f"the same at temperature {fitted:.3f}", "holdout, temperature cross-fitted", table))
     return table, fitted, scores
-
-
-def blend_models(tables: Sequence[Predictions], within: str) -> Predictions:
-    """Combine the tables of a system's models on the same rows into one, with equal weights."""
-    if within == "mean":
-        return mean_by_id(tables)
-    aligned = align_rows(tables)
-    log_probs = apply_blend(within, [table.log_probs for table in aligned], equal_weights(len(aligned)))
-    return replace(aligned[0], fold=np.full(len(aligned[0]), -1, np.int16), log_probs=log_probs)
 
 
 def score_systems(systems: Sequence[System]) -> list[Score]:

@@ -7,7 +7,6 @@ rotation, as in training.
 import math
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,18 +23,18 @@ View = Callable[[Tensor], Tensor]
 def build_views(specs: Sequence[Spec], black: Tensor | float = 0.0) -> list[View]:
     """Build the views of `specs`; each spec is a name, or a table with `name` and parameters. five_crops makes five views.
 
-    `flip = true` adds each view of the mirrored images.
-    `black` [1, 3, 1, 1]: a black pixel, normalised. Raise a SettingsError for an unknown name or
-    parameter, or an invalid value.
+    `flip = true` adds each view of the mirrored images. `black` [1, 3, 1, 1]: a black pixel, normalised.
+    Raise a SettingsError for an unknown name or parameter, or an invalid value.
     """
     views: list[View] = []
     for spec in specs:
         name, items = identity(spec)
-        make, _ = VIEWS[name]
-        parameters = dict(items)
+        view, _ = VIEWS[name]
+        parameters = dict(items) | ({"black": black} if view is rotate else {})
         mirrored_too = parameters.pop("flip", False)
-        new = make(black=black, **parameters) if make in NEEDS_BLACK else make(**parameters)
-        views += new + [partial(_apply_to_mirrored, view) for view in new if mirrored_too]
+        positions = CROP_POSITIONS if view is crop else [{}]
+        new: list[View] = [partial(view, **parameters, **position) for position in positions]
+        views += new + [lambda images, view=view: view(mirror(images)) for view in new if mirrored_too]
     return views
 
 
@@ -55,44 +54,20 @@ def views_equal(first: Sequence[Spec], second: Sequence[Spec]) -> bool:
 
 
 def deduplicate(specs: Sequence[Spec]) -> list[Spec]:
-    """Return the specs in order without duplicates; of specs that mean the same, the first stays."""
-    unique: dict[Any, Spec] = {}
-    for spec in specs:
-        unique.setdefault(identity(spec), spec)
-    return list(unique.values())
+    """Return the specs in order, only one of those that mean the same."""
+    return list({identity(spec): spec for spec in specs}.values())
 
 
-def rotate(degrees: float, black: Tensor | float) -> list[View]:
-    """Rotate by `degrees` counter-clockwise about the centre, bilinear; the corners are black."""
-    return [partial(_rotate, degrees=degrees, black=black)]
-
-
-def shift(x: int, y: int) -> list[View]:
-    """Shift by `x` pixels to the right and `y` down; the uncovered border is mirrored at the edge."""
-    return [partial(_move, x=x, y=y)]
-
-
-def scale(factor: float) -> list[View]:
-    """Scale by `factor` about the centre; below 1 the smaller image is mirrored at its edges."""
-    return [partial(_zoom, factor=factor)]
-
-
-def five_crops(share: float) -> list[View]:
-    """Return five views: the corners and the centre, each `share` of both sides, resized to the full size."""
-    offsets = ((0, 0), (0, 1), (1, 0), (1, 1), (0.5, 0.5))
-    return [partial(_crop, share=share, top=top, left=left) for top, left in offsets]
-
-
-def _mirror(images: Tensor) -> Tensor:
+def mirror(images: Tensor) -> Tensor:
+    """Mirror left and right."""
     return images.flip(-1)
 
 
-def _apply_to_mirrored(view: View, images: Tensor) -> Tensor:
-    return view(_mirror(images))
+def rotate(images: Tensor, degrees: float, black: Tensor | float) -> Tensor:
+    """Rotate by `degrees` counter-clockwise about the centre, bilinear; the corners are black.
 
-
-def _rotate(images: Tensor, degrees: float, black: Tensor | float) -> Tensor:
-    """Rotate by explicit coordinates, because a matrix product would lose its last digits under autocast."""
+    The coordinates are explicit, because a matrix product would lose its last digits under autocast.
+    """
     height, width = images.shape[-2:]
     angle = math.radians(degrees)
     y = (torch.arange(height, device=images.device) - (height - 1) / 2)[:, None]
@@ -102,21 +77,23 @@ def _rotate(images: Tensor, degrees: float, black: Tensor | float) -> Tensor:
     return F.grid_sample(images - black, grid, align_corners=False) + black
 
 
-def _move(images: Tensor, x: int, y: int) -> Tensor:
+def shift(images: Tensor, x: int, y: int) -> Tensor:
+    """Shift by `x` pixels to the right and `y` down; the uncovered border is mirrored at the edge."""
     height, width = images.shape[-2:]
     return _take(images, range(-y, height - y), range(-x, width - x))
 
 
-def _zoom(images: Tensor, factor: float) -> Tensor:
+def scale(images: Tensor, factor: float) -> Tensor:
+    """Scale by `factor` about the centre; below 1 the smaller image is mirrored at its edges."""
     height, width = images.shape[-2:]
     if factor >= 1:
-        return _crop(images, share=1 / factor, top=0.5, left=0.5)
+        return crop(images, share=1 / factor, top=0.5, left=0.5)
     smaller = _resize(images, max(1, round(height * factor)), max(1, round(width * factor)))
     top, left = (height - smaller.shape[-2]) // 2, (width - smaller.shape[-1]) // 2
     return _take(smaller, range(-top, height - top), range(-left, width - left))
 
 
-def _crop(images: Tensor, share: float, top: float, left: float) -> Tensor:
+def crop(images: Tensor, share: float, top: float, left: float) -> Tensor:
     """Crop `share` of both sides, at `top` and `left` (0 to 1) of the free distance from the corner, and resize to full size."""
     height, width = images.shape[-2:]
     h, w = max(1, round(height * share)), max(1, round(width * share))
@@ -158,17 +135,18 @@ def _check(view: str, name: str, value: object) -> None:
         raise SettingsError(f"view {view!r}: {name}={value!r}, but it must be a {number} from {low:g} to {high:g}")
 
 
-VIEWS: dict[str, tuple[Callable[..., list[View]], dict[str, float]]] = {
-    "plain": (lambda: [lambda images: images], {}),
-    "flip": (lambda: [_mirror], {}),
+VIEWS: dict[str, tuple[Callable[..., Tensor], dict[str, float]]] = {
+    "plain": (lambda images: images, {}),
+    "flip": (mirror, {}),
     "rotate": (rotate, {"degrees": 15, "flip": False}),
     "shift": (shift, {"x": 1, "y": 1, "flip": False}),
     "scale": (scale, {"factor": 1.1, "flip": False}),
-    "five_crops": (five_crops, {"share": 0.875, "flip": False}),
+    "five_crops": (crop, {"share": 0.875, "flip": False}),
 }
 """Each view's function and its parameters' defaults."""
 
-NEEDS_BLACK = {rotate}
+CROP_POSITIONS = [{"top": y, "left": x} for y, x in ((0, 0), (0, 1), (1, 0), (1, 1), (0.5, 0.5))]
+"""The corners and the centre."""
 BOUNDS: dict[str, tuple[type, float, float]] = {
     "degrees": (int | float, -360, 360),
     "x": (int, -4096, 4096),

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from fivefold import predictions
-from fivefold.config.schema import Data
+from fivefold.config.schema import Settings
 from fivefold.contract.artifacts import ModelDir, find_all, find_models, find_one, find_predictions
 from fivefold.contract.files import read_json
 from fivefold.contract.job import StageContext
@@ -50,10 +50,7 @@ class EvaluationInputs:
     """The channels of one evaluation, read lazily."""
 
     job: StageContext
-    data: Data
-    answer: str = "auto"
-    positive: str = ""
-    """The settings for a submission of one column: what it holds, and the class of its probabilities."""
+    settings: Settings
 
     @cached_property
     def models(self) -> list[ModelDir]:
@@ -65,12 +62,8 @@ class EvaluationInputs:
         folder = self.job.optional_channel("predictions")
         files = find_predictions(folder, self.job.scratch) if folder else {}
         if ENSEMBLE in files and not record_path(files[ENSEMBLE].parent, "ensemble").is_file():
-            log.warning(
-                "%s has no record (%s) of the ensemble stage: it failed, is still running or was copied in part. "
-                "The predictions may be older than the models; rerun ensemble",
-                files[ENSEMBLE].parent,
-                RECORD,
-            )
+            words = "of the ensemble stage, so the predictions may be older than the models; rerun ensemble"
+            log.warning("%s has no record (%s) %s", files[ENSEMBLE].parent, RECORD, words)
         return files
 
     @cached_property
@@ -111,27 +104,24 @@ class EvaluationInputs:
             return None
         self.job.channel("predictions")
         file = ground_truth.find_ground_truth_file(channel)
-        same = ClassAliases(self.data.class_aliases, self.data.alias_policy)
+        same = ClassAliases(self.settings.data.class_aliases, self.settings.data.alias_policy)
         predicted = same.merge_table(self._predictions())
         read = ground_truth.read_ground_truth(file, self._id_column(), predicted.ids)
         labels = {name: same.canonical_names.get(label, label) for name, label in read.items()}
         table = concat_tables([ground_truth.add_labels(predicted, self._as_factors(labels, predicted.classes), file)])
-        return ScoredRows(
-            "test", self._describe_ensemble(), f"the {len(table):,} rows of {file.name}", table, self._eval_paths()
-        )
+        rows = f"the {len(table):,} rows of {file.name}"
+        return ScoredRows("test", self._describe_ensemble(), rows, table, self._eval_paths())
 
     def holdout(self) -> ScoredRows | None:
         """Return the holdout rows of the split: the ensemble's predictions, else the mean of the models'."""
-        tables = [] if HOLDOUT in self.predicted else self._tables(HOLDOUT)
         if HOLDOUT in self.predicted:
             table, what = predictions.read(self.predicted[HOLDOUT]), self._describe_ensemble()
+        elif not (tables := self._tables(HOLDOUT)):
+            return None
         elif needs_product([model.info for model, _ in tables]):
             table, what = _product(tables), _describe_models(self.models, "product of ")
-        elif tables:
-            table = mean_by_id([table for _, table in tables])
-            what = _describe_models(self.models, "equal mean of ")
         else:
-            return None
+            table, what = mean_by_id([t for _, t in tables]), _describe_models(self.models, "equal mean of ")
         which = "rows that the split set aside"
         if self.selected:
             which += ", on which the student's epoch was selected"
@@ -169,10 +159,8 @@ class EvaluationInputs:
 
     def curves(self) -> dict[str, Path]:
         """Return the training log of each model by name."""
-        one_seed = len({model.info["seed"] for model in self.models}) == 1
-        one_system = len({model.info["system"] for model in self.models}) == 1
         logs = [(model, model.path / TRAIN_LOG) for model in self.models if (model.path / TRAIN_LOG).is_file()]
-        short = one_seed and one_system and len(logs) > 1
+        short = len(logs) > 1 and len({(model.info["seed"], model.info["system"]) for model in self.models}) == 1
         return {f"fold {m.info['fold']}" if short else m.name: path for m, path in logs}
 
     def thumbnails(self, name: str, mistakes: pd.DataFrame) -> dict[tuple[str, str], bytes]:
@@ -198,14 +186,7 @@ class EvaluationInputs:
     def counts(self) -> list[tuple[str, str]]:
         """Return names and values of the split's counts; empty without its summary."""
         path = self.split.with_name(SPLIT_SUMMARY) if self.split else None
-        if path is None or not path.is_file():
-            return []
-        try:
-            return describe_data(read_json(path))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(
-                f"{path} is not the summary of a split ({error!r}); rerun split or delete the file"
-            ) from None
+        return describe_data(read_json(path)) if path and path.is_file() else []
 
     def records(self) -> list[dict[str, Any]]:
         """Return the records of the previous stages, in pipeline order."""
@@ -221,7 +202,7 @@ class EvaluationInputs:
 
     def _store(self, channel: str) -> ImageStore | None:
         path = self.job.optional_channel(channel)
-        return open_store(path, self.data.max_unpacked_gib) if path else None
+        return open_store(path, self.settings.data.max_unpacked_gib) if path else None
 
     def _tables(self, file: str) -> list[tuple[ModelDir, Predictions]]:
         """Return each model that has the table `file`, with the table."""
@@ -244,19 +225,13 @@ class EvaluationInputs:
             return predictions.read(path)
         if has_labels_only(path):
             raise DataError(f"{path} has no probabilities, but evaluate needs them; use `evaluation` to score classes")
-        return read_submission(path, likely=self._true_classes(path), answer=self.answer, positive=self.positive)
+        likely, options = self._true_classes(path) if has_one_column(path) else (), self.settings.ensemble
+        return read_submission(path, likely=likely, answer=options.answer, positive=options.positive_class)
 
     def _true_classes(self, path: Path) -> list[str]:
-        """Return the true classes for a submission of one column; none for other submissions."""
-        if not has_one_column(path):
-            return []
-        name = self._id_column()
-        labels = ground_truth.read_ground_truth(
-            ground_truth.find_ground_truth_file(self.job.channel("ground_truth")),
-            name,
-            open_csv(path).read([name])[name],
-        )
-        return sorted({*labels.values()})
+        """Return the true classes of the rows of a submission."""
+        name, file = self._id_column(), ground_truth.find_ground_truth_file(self.job.channel("ground_truth"))
+        return sorted({*ground_truth.read_ground_truth(file, name, open_csv(path).read([name])[name]).values()})
 
     def _id_column(self) -> str:
         """Return the name of the id column in a submission of the predictions; "" if unknown."""
@@ -276,7 +251,7 @@ class EvaluationInputs:
         store = self._store("eval")
         if store is None:
             return {}
-        table = read_eval(store, self.data.id_column, self.data.path_column)
+        table = read_eval(store, self.settings.data.id_column, self.settings.data.path_column)
         return dict(zip(table.ids, table.paths, strict=True))
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from fivefold.data.pipeline.eval_cache import EvalImageCache
 from fivefold.data.pipeline.loader import prefetch_to_device
 from fivefold.errors import DataError, SettingsError, StoppedError
 from fivefold.evaluation.metrics import compute_metrics
-from fivefold.inference.predictor import Runtime, only_logits, predict_all
+from fivefold.inference.predictor import Runtime, predict_all
 from fivefold.log import log
 from fivefold.progress import format_duration, track
 from fivefold.training.checkpoints import Checkpoints, Stateful, collect_state, restore
@@ -270,7 +271,7 @@ def validate(model: nn.Module, rows: ValidData, trainer: Trainer) -> dict[str, f
     """Return `loss`, `acc`, `logloss` and `f1_macro` on the validation rows, without test-time augmentation."""
     size, workers, label = trainer.config.predict_batch_size, trainer.config.workers, f"{trainer.label} validation"
     logits = torch.from_numpy(
-        predict_all(model, rows.images, size, workers, trainer.runtime, ["plain"], label, reduce_views=only_logits)
+        predict_all(model, rows.images, size, workers, trainer.runtime, ["plain"], label, reduce_views=itemgetter(0))
     )
     figures = compute_metrics(trainer.loss.scores(logits).log_softmax(dim=1).numpy(), rows.codes)
     targets = nn.functional.one_hot(torch.from_numpy(rows.codes).long(), logits.shape[1]).float()

@@ -84,9 +84,7 @@ def test_compare_reports_runs_and_submission_files_in_one_table(workspace, capsy
     share = (probs[0].argmax(axis=1) == probs[1].argmax(axis=1)).mean()
     assert facts["likeness"]["agreement"][0][1] == pytest.approx(share)
     assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in ("model_acc.png", "correlation.png"))
-    page = (out / "compare.html").read_text(encoding="utf-8")
-    assert "2 fold models of s" in page
-    assert "McNemar" in page
+    assert "2 fold models of s" in (out / "compare.html").read_text(encoding="utf-8")
     assert list(json.loads(capsys.readouterr().out)) == names
     paired = read_rows(out / "paired.csv")
     assert [(row["first"], row["second"]) for row in paired[:2]] == [("A", "B"), ("A", "eva")]
@@ -164,7 +162,6 @@ def test_files_without_truth_are_compared_by_agreement_and_recompared_after_a_ch
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        ([], 66, "0 experiments are too few"),
         (["compare.runs={root}/A"], 66, "1 experiments are too few"),
         (["compare.runs={root}/A,{root}/absent"], 66, "no run {root}/absent"),
         (["compare.submissions={root}/absent.csv"], 66, "no submission file {root}/absent.csv"),
@@ -173,7 +170,6 @@ def test_files_without_truth_are_compared_by_agreement_and_recompared_after_a_ch
         (["compare.runs={root}/A,{root}"], 65, "several ensembles in the run"),
         (["compare.submissions={root}/csv/output_eva.csv,{root}/odd.csv"], 65, "different classes: 'K9'"),
         (["compare.submissions={root}/csv/output_eva.csv,{root}/short.csv"], 65, "31 of the 40 ids"),
-        (["compare.run={root}/A"], 64, "did you mean 'compare.runs'"),
     ],
 )
 def test_invalid_input_fails_with_one_error_and_no_output(workspace, arguments, code, message):

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections import defaultdict
 from itertools import product
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from sklearn import metrics as reference
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fivefold import predictions
-from fivefold.contract.files import sha256
+from fivefold.contract.files import read_json, sha256
 from fivefold.data.readers.profiles import STEMS, age_class, encode_label
 from fivefold.data.split.fold_table import read_folds
 from jobs.__main__ import run
@@ -64,7 +63,7 @@ def mask_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_command(name: str, *arguments: str, **variables: object) -> int:
-    """Run a command in this process with only these variables."""
+    """Run a command with only these variables."""
     return run(name, arguments, {variable: str(value) for variable, value in variables.items()})
 
 
@@ -81,7 +80,7 @@ def model(mask_data: Path) -> Path:
 
 
 def test_train_makes_its_own_split_and_trains_fold_0_by_default(mask_data, model):
-    info = json.loads((model / "model.json").read_text())
+    info = read_json(model / "model.json")
     split = model / "output" / "split"
     table = read_folds(split / "folds.parquet", split / "classes.json")
     assert (info["role"], info["fold"], info["folds"], info["knows"]) == ("fold", 0, 2, [])
@@ -95,25 +94,14 @@ def test_train_makes_its_own_split_and_trains_fold_0_by_default(mask_data, model
     assert (model / "stage.json").stat().st_mtime_ns == before, "the second run has nothing to do"
 
 
-def test_train_accepts_another_fold_and_another_output_folder(mask_data, tmp_path):
-    outputs = {"SM_MODEL_DIR": tmp_path / "model", "SM_OUTPUT_DATA_DIR": tmp_path / "out"}
-    arguments = (*TINY, "train.epochs=1", "FOLD=1", "split.folds=3")
-    assert run_command("train", *arguments, SM_CHANNEL_TRAIN=mask_data / "train", **outputs) == 0
-    assert json.loads((tmp_path / "model" / "model.json").read_text())["fold"] == 1
-    assert (tmp_path / "out" / "split" / "folds.parquet").is_file()
-    assert not (tmp_path / "model" / "output").exists()
-
-
 def test_tensorboard_has_all_tags_and_the_image_of_validation_examples(model):
     events = EventAccumulator(str(model / "output" / "tensorboard"))
     events.Reload()
     assert {"Train/loss", "Train/accuracy", "Train/lr", "Val/loss", "Val/accuracy"} <= set(events.Tags()["scalars"])
-    best = json.loads((model / "model.json").read_text())["best"]["epoch"]
     (event,) = events.Images("Val/examples")
-    assert event.step == best
+    assert event.step == read_json(model / "model.json")["best"]["epoch"]
     with Image.open(model / "output" / "validation_examples.png") as image:
         assert (event.width, event.height) == image.size
-        assert np.asarray(image.convert("L")).std() > 10
 
 
 def test_evaluation_prints_the_scores_of_scikit_learn(mask_data, tmp_path, capsys):
@@ -162,14 +150,13 @@ def factor_models(mask_data: Path) -> Path:
 
 
 def run_and_check(mask_data: Path, name: str, folder: Path, *arguments: str, code: int = 0, **channels: object) -> str:
-    """Run a stage in this process and assert its exit code. Return the failure message, or an empty string."""
+    """Run a stage and assert its exit code. Return the failure message, or an empty string."""
     all_channels = {"FOLDS": mask_data / "halves" / "split" / "output", **channels}
     assert run_stage(mask_data, name, folder, *arguments, **all_channels) == code
     return failure(folder) if code else ""
 
 
 def link_models(factor_models: Path, folder: Path, *names: str) -> Path:
-    """Make a folder with links to some of the factor models."""
     folder.mkdir()
     for name in names:
         (folder / name).symlink_to(factor_models / name)
@@ -182,7 +169,7 @@ def test_model_of_some_factors_has_only_the_classes_of_these_factors(factor_mode
     assert table.factors.names == ("mask", "gender", "age")
     labels = dict(zip(table.ids.to_pylist(), table.labels(), strict=True))
     for name, factors, classes in (("masks", ["mask", "gender"], 6), ("ages", ["age"], 3)):
-        info = json.loads((factor_models / f"{name}-0" / "model" / "model.json").read_text())
+        info = read_json(factor_models / f"{name}-0" / "model" / "model.json")
         oof = predictions.read(factor_models / f"{name}-0" / "model" / "oof.parquet")
         assert (info["knows"], len(info["classes"])) == (factors, classes)
         assert list(oof.classes) == info["classes"] == list(table.factors.projected_classes(factors))
@@ -197,7 +184,7 @@ def test_student_must_have_the_factors_of_its_teachers(mask_data, factor_models,
     message = run_and_check(mask_data, "distill", tmp_path / "bad", *TINY, code=64, **channels)
     assert re.search("fold 0 of masks, seed 42 .*mask, gender, .*classes", message)
     run_and_check(mask_data, "distill", tmp_path / "student", *TINY, *MASK_GENDER_MODEL, "train.epochs=1", **channels)
-    info = json.loads((tmp_path / "student" / "model" / "model.json").read_text())
+    info = read_json(tmp_path / "student" / "model" / "model.json")
     assert (info["role"], info["knows"], len(info["classes"])) == ("student", ["mask", "gender"], 6)
 
 
@@ -208,15 +195,12 @@ def test_inference_with_one_model_uses_the_columns_and_order_of_info_csv(mask_da
     assert answers[0] == ["ImageID", "ans"]
     assert [name for name, _ in answers] == [name for name, _ in listed]
     assert {label for _, label in answers[1:]} <= set(map(str, range(18)))
-    table = predictions.read(tmp_path / "predictions.parquet")
-    assert [table.classes[code] for code in table.log_probs.argmax(axis=1)] == [label for _, label in answers[1:]]
     capsys.readouterr()
     assert run_command("evaluation", SM_GROUND_TRUTH_DIR=mask_data / "truth", **outputs) == 0
     assert json.loads(capsys.readouterr().out)["accuracy"] > 3 / 18, "three times chance: the training is short"
 
 
 def test_inference_combines_models_of_different_factors_automatically(mask_data, factor_models, tmp_path):
-    """The combined class code follows from the labels of the two models: in range, and with the age added correctly."""
     models = link_models(factor_models, tmp_path / "models", "masks-0", "ages-1")  # one fold of each is enough
     for name in ("masks-0", "ages-1"):
         run_and_check(mask_data, "inference", tmp_path / name, SM_CHANNEL_MODEL=factor_models / name)
@@ -249,18 +233,10 @@ def test_product_ensemble_predicts_all_18_classes(mask_data, factor_models, prod
     assert rows[0] == ["ImageID", "ans"]
     assert {label for _, label in rows[1:]} <= set(map(str, range(18)))
 
-    summary = json.loads((product_ensemble / "output" / "ensemble.json").read_text())
+    summary = read_json(product_ensemble / "output" / "ensemble.json")
     assert summary["weights"] == {"ages": 1.0, "masks": 1.0}
-    assert [score["what"] for score in summary["scores"]] == [
-        "single models of ages", "single models of masks", "single models of ages × masks",
-    ]  # fmt: skip
-    assert {score["n"] for score in summary["scores"]} == {24 * 7}
-    all_correct = defaultdict(lambda: True)
-    for name, fold in product(("masks", "ages"), range(2)):
-        oof = predictions.read(factor_models / f"{name}-{fold}" / "model" / "oof.parquet")
-        for row, correct in zip(oof.ids, oof.log_probs.argmax(axis=1) == oof.codes(), strict=True):
-            all_correct[row] &= bool(correct)
-    assert summary["scores"][-1]["accuracy"] == pytest.approx(np.mean(list(all_correct.values())), abs=1e-5)
+    scores = [(score["what"].removeprefix("single models of "), score["n"]) for score in summary["scores"]]
+    assert scores == [("ages", 24 * 7), ("masks", 24 * 7), ("ages × masks", 24 * 7)]
 
 
 def test_product_ensemble_is_evaluated_on_the_combined_classes(mask_data, factor_models, product_ensemble):
@@ -270,8 +246,8 @@ def test_product_ensemble_is_evaluated_on_the_combined_classes(mask_data, factor
         "SM_GROUND_TRUTH_DIR": mask_data / "truth",
     }
     run_and_check(mask_data, "evaluate", mask_data / "report", **channels)
-    metrics = json.loads((mask_data / "report" / "output" / "metrics.json").read_text())
-    summary = json.loads((product_ensemble / "output" / "ensemble.json").read_text())
+    metrics = read_json(mask_data / "report" / "output" / "metrics.json")
+    summary = read_json(product_ensemble / "output" / "ensemble.json")
     assert metrics["test"]["n"] == 36
     assert metrics["oof"]["accuracy"] == pytest.approx(summary["scores"][-1]["accuracy"], abs=1e-5)
     assert metrics["oof"]["what"].startswith("product of 4 fold models")
@@ -282,4 +258,4 @@ def test_age_models_alone_are_scored_on_age(mask_data, factor_models, tmp_path):
     run_and_check(mask_data, "ensemble", tmp_path / "ages", **models)
     channels = {"SM_CHANNEL_PREDICTIONS": tmp_path / "ages" / "output", "SM_GROUND_TRUTH_DIR": mask_data / "truth"}
     run_and_check(mask_data, "evaluate", tmp_path / "report", **models, **channels)
-    assert json.loads((tmp_path / "report" / "output" / "metrics.json").read_text())["test"]["accuracy"] > 0.8
+    assert read_json(tmp_path / "report" / "output" / "metrics.json")["test"]["accuracy"] > 0.8

@@ -52,18 +52,6 @@ def test_pairwise_agreement_uses_the_out_of_fold_rows_of_both():
         pairwise_agreement([pair[0], Experiment("y", "y", table=tabulate(SECOND, ("a", "b", "d")))])
 
 
-def test_write_scores_writes_numbers_and_empty_cells_for_unknown_ones(tmp_path):
-    scores = dict(zip(comparison.SCORE_NAMES, (4, 0.5, 0.1, 0.9, None, 0.4), strict=True))
-    experiments = [Experiment("=x", "x.csv"), Experiment("y", "y.csv")]
-    comparison.write_scores(tmp_path / "c.csv", experiments, {"test": [scores, None]})
-    rows = (tmp_path / "c.csv").read_text().splitlines()
-    assert rows == [
-        "number,experiment," + ",".join(f"test_{name}" for name in comparison.SCORE_NAMES),
-        "1,'=x,4,0.500000,0.100000,0.900000,,0.400000",
-        "2,y,,,,,,",
-    ]
-
-
 def test_render_page_escapes_experiment_names():
     experiments = [Experiment("<b>x</b>", "x.csv"), Experiment("y", "y.csv")]
     scores = dict(zip(comparison.SCORE_NAMES, (4, 0.5, 0.1, 0.9, None, 0.4), strict=True))

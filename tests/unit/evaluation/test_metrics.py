@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from sklearn.metrics import log_loss, top_k_accuracy_score
 
-from fivefold.errors import SettingsError
 from fivefold.evaluation import metrics
 
 
@@ -40,25 +39,6 @@ def test_full_report_equals_values_computed_by_hand():
     assert scores == pytest.approx(expected, abs=1e-12)
     of_epoch = metrics.compute_metrics(make_log_probs(GUESSES, 4), CODES)
     assert of_epoch == {name: scores[name] for name in metrics.EPOCH_METRICS}
-    with pytest.raises(SettingsError, match="f1_macro"):
-        metrics.compute_metrics(make_log_probs(GUESSES, 4), CODES, ["f1_marco"])
-
-
-def test_confusion_matrix_and_per_class_table_contain_every_class():
-    log_probs = make_log_probs(GUESSES, 4)
-    confusion = metrics.confusion_matrix(log_probs, CODES)
-    assert confusion.tolist() == [[2, 1, 1, 0], [0, 2, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
-    table = metrics.per_class_table(log_probs, CODES)
-    expected = {
-        "precision": [1, 2 / 3, 0, 0],
-        "recall": [1 / 2, 1, 0, 0],
-        "f1": [2 / 3, 4 / 5, 0, 0],
-        "support": [4, 2, 0, 0],
-        "predicted": [2, 3, 1, 0],
-    }
-    assert list(table) == list(expected)
-    for name, column in expected.items():
-        np.testing.assert_allclose(table[name], column, atol=1e-12)
 
 
 @pytest.mark.parametrize(("rows", "classes"), [(1, 2), (5, 100)])
@@ -66,8 +46,6 @@ def test_few_rows_of_many_classes_are_scored_without_a_warning(rows, classes):
     rng = np.random.default_rng(0)
     log_probs, codes = np.log(rng.dirichlet(np.ones(classes), rows)), rng.permutation(np.arange(rows) % classes)
     assert all(np.isfinite(value) for value in metrics.full_report(log_probs, codes).values())
-    assert metrics.confusion_matrix(log_probs, codes).sum() == rows
-    assert metrics.per_class_table(log_probs, codes)["support"].sum() == rows
 
 
 def test_logloss_and_top_k_equal_scikit_learn():

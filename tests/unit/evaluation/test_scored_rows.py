@@ -45,6 +45,15 @@ def test_mistakes_are_sorted_by_confidence_then_id():
     assert tuple(first) == ("r3", "x/3.png", "b", "c", pytest.approx(0.9))
 
 
+def test_confusion_and_scores_per_class_equal_values_computed_by_hand():
+    scored = ScoredRows("test", "", "", tabulate(ROWS), {})
+    assert scored.confusion.tolist() == [[1, 1, 0], [0, 0, 2], [0, 0, 1]]
+    rows = [["a", 1, 1 / 2, 2 / 3, 2, 1], ["b", 0, 0, 0, 2, 1], ["c", 1 / 3, 1, 1 / 2, 1, 3]]
+    pd.testing.assert_frame_equal(
+        scored.per_class(), pd.DataFrame(rows, columns=scored_rows.PER_CLASS), check_dtype=False
+    )
+
+
 def test_concat_tables_matches_columns_by_name_and_refuses_other_classes_and_missing_labels():
     other = tabulate({"r6": ("c", [0.7, 0.2, 0.1])}, classes=("c", "a", "b"))
     both = scored_rows.concat_tables([other, tabulate(ROWS)])
@@ -72,13 +81,14 @@ def test_write_csv_escapes_formulas_and_writes_six_decimals(tmp_path):
 def test_class_can_have_the_name_of_a_column(tmp_path):
     classes = ("class", "true_class", "=x")
     table = tabulate({"r": ("class", [0.1, 0.8, 0.1]), "s": ("=x", [0.1, 0.1, 0.8])}, classes)
-    scored_rows.write_confusion(tmp_path / "c.csv", ScoredRows("test", "", "", table, {}))
+    scored = ScoredRows("test", "", "", table, {})
+    scored_rows.write_confusion(tmp_path / "c.csv", scored)
     expected = "true_class,class,true_class,'=x\nclass,0,1,0\ntrue_class,0,0,0\n'=x,0,0,1\n"
     assert (tmp_path / "c.csv").read_text() == expected
-    scored_rows.write_per_class(tmp_path / "p.csv", ScoredRows("test", "", "", table, {}))
-    lines = (tmp_path / "p.csv").read_text().splitlines()
-    assert lines[0] == "class,precision,recall,f1,support,predicted"
-    assert lines[3] == "'=x,1.000000,1.000000,1.000000,1,1"
+    scored_rows.write_csv(tmp_path / "p.csv", scored.per_class())
+    header, *_, last = (tmp_path / "p.csv").read_text().splitlines()
+    assert header == "class,precision,recall,f1,support,predicted"
+    assert last == "'=x,1.000000,1.000000,1.000000,1,1"
 
 
 def test_interval_uses_the_effective_number_of_rows_of_the_groups():

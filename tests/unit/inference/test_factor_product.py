@@ -24,26 +24,20 @@ def log_probs(rows: int, classes: int) -> np.ndarray:
     return (logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)).astype(np.float32)
 
 
-def make_metadata(*predicted: str, factors: LabelFactors | None = FACTORS) -> dict[str, object]:
-    return {"knows": list(predicted), "factors": None if factors is None else factors.to_json()}
-
-
-def make_model_dir(system: str, fold: int, metadata: dict[str, object]) -> ModelDir:
-    return ModelDir(Path(), {"role": "fold", "system": system, "seed": 1, "fold": fold, **metadata})
+def make_model_dir(system: str, fold: int, *knows: str, factors: LabelFactors = FACTORS) -> ModelDir:
+    info = {"role": "fold", "system": system, "seed": 1, "fold": fold}
+    return ModelDir(Path(), info | {"knows": list(knows), "factors": factors.to_json()})
 
 
 def make_groups(**factors: tuple[str, ...]) -> dict[str, list[ModelDir]]:
-    return {
-        name: [make_model_dir(name, fold, make_metadata(*parts)) for fold in range(2)]
-        for name, parts in factors.items()
-    }
+    return {name: [make_model_dir(name, fold, *parts) for fold in range(2)] for name, parts in factors.items()}
 
 
 def mask_and_age_product() -> FactorProduct:
     return build_product(make_groups(masks=("mask", "gender"), ages=("age",)))
 
 
-def test_combined_log_probabilities_are_sums() -> None:
+def test_combined_log_probabilities_are_sums():
     parts = {"masks": log_probs(50, 6), "ages": log_probs(50, 3)}
     combined = mask_and_age_product().combine(parts)
     np.testing.assert_allclose(np.exp(combined).sum(axis=1), 1, atol=1e-6)
@@ -54,7 +48,7 @@ def test_combined_log_probabilities_are_sums() -> None:
         np.testing.assert_allclose(column, parts["masks"][:, of_mask] + parts["ages"][:, of_age], atol=1e-5)
 
 
-def test_systems_with_the_same_factors_are_averaged_first() -> None:
+def test_systems_with_the_same_factors_are_averaged_first():
     factor_product = build_product(make_groups(masks=("mask", "gender"), ages=("age",), other=("age",)))
     mask_gender_log_probs, first_age, second_age = log_probs(7, 6), log_probs(7, 3), log_probs(7, 3)
     average = np.log((np.exp(first_age) + np.exp(second_age)) / 2)
@@ -66,7 +60,7 @@ def test_systems_with_the_same_factors_are_averaged_first() -> None:
     assert factor_product.weights.tolist() == [1, 0.5, 0.5]
 
 
-def test_probability_of_combinations_without_a_class_is_redistributed() -> None:
+def test_probability_of_combinations_without_a_class_is_redistributed():
     restricted = FACTORS.restrict(["0", "1", "3"])  # man under 30, man under 60, woman under 30, all with masks
     factor_product = FactorProduct(restricted, {"masks": ("mask", "gender"), "ages": ("age",)})
     mask_gender_log_probs, age = np.log([[0.4, 0.6]]), np.log([[0.25, 0.75]])  # female, male; <30, <60
@@ -76,7 +70,7 @@ def test_probability_of_combinations_without_a_class_is_redistributed() -> None:
 
 
 def make_predictions(system: str, ids: list[str], factors: tuple[str, ...], classes: list[str]) -> Predictions:
-    """Return rows with the true `classes`, reduced to the system's factors, with the columns in reversed order."""
+    """Return rows with the true `classes`, reduced to the `factors`, with the columns in reversed order."""
     projected_classes = FACTORS.projected_classes(factors)
     labels = np.array([FACTORS.project(name, factors) for name in classes], dtype=object)
     folds, values = np.zeros(len(ids), np.int16), log_probs(len(ids), len(projected_classes))
@@ -84,7 +78,7 @@ def make_predictions(system: str, ids: list[str], factors: tuple[str, ...], clas
     return predictions.with_classes(projected_classes[::-1])
 
 
-def test_predictions_are_combined_by_id_and_class_name_and_labels_are_joined() -> None:
+def test_predictions_are_combined_by_id_and_class_name_and_labels_are_joined():
     classes = ["17", "0", "10", "5"]
     masks = make_predictions("masks", list("abcd"), ("mask", "gender"), classes)
     ages = make_predictions("ages", list("abcd"), ("age",), classes)
@@ -110,25 +104,23 @@ def test_predictions_are_combined_by_id_and_class_name_and_labels_are_joined() -
         ({"whole": ()}, "fold 0 of whole, seed 1"),
     ],
 )
-def test_systems_that_form_no_product_raise_an_error_that_names_them(
-    factors: dict[str, tuple[str, ...]], message: str
-) -> None:
+def test_systems_that_form_no_product_raise_an_error_that_names_them(factors, message):
     with pytest.raises(DataError, match=message):
         build_product(make_groups(**factors))
 
 
-def test_models_with_other_classes_or_mixed_systems_raise_errors() -> None:
-    mask = make_model_dir("m", 0, make_metadata("mask"))
-    other = make_model_dir("a", 0, make_metadata("age", factors=profile_factors([30, 58])))
+def test_models_with_other_classes_or_mixed_systems_raise_errors():
+    mask = make_model_dir("m", 0, "mask")
+    other = make_model_dir("a", 0, "age", factors=profile_factors([30, 58]))
     with pytest.raises(DataError, match="fold 0 of m, seed 1 and fold 0 of a, seed 1"):
         build_product({"m": [mask], "a": [other]})
     with pytest.raises(DataError, match=r"fold 1 of m, seed 1 .* \(mask; age\)"):
-        build_product({"m": [mask, make_model_dir("m", 1, make_metadata("age"))]})
+        build_product({"m": [mask, make_model_dir("m", 1, "age")]})
     with pytest.raises(DataError, match="fold 1 of x, seed 1"):
-        build_product({"m": [mask], "x": [make_model_dir("x", 1, {})]})
+        build_product({"m": [mask], "x": [make_model_dir("x", 1)]})
 
 
-def test_product_is_needed_only_if_models_predict_different_factors() -> None:
-    assert needs_product([make_metadata("mask", "gender"), make_metadata("age")])
-    assert not needs_product([make_metadata("age"), make_metadata("age")])
+def test_product_is_needed_only_if_models_predict_different_factors():
+    assert needs_product([{"knows": ["mask", "gender"]}, {"knows": ["age"]}])
+    assert not needs_product([{"knows": ["age"]}, {"knows": ["age"]}])
     assert not needs_product([{}, {}])
