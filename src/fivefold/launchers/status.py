@@ -82,7 +82,8 @@ def read_status(step: Step) -> Status:
     if record is None and state and state["ended"] is None:
         return Status("stopped", f"process {state['pid']} ended without an exit code")
     if record is not None:
-        return Status("done", f"{record['wall_seconds']:.0f} s, finished {_local_time(record['finished'])}")
+        finished = datetime.fromisoformat(record["finished"]).astimezone()
+        return Status("done", f"{record['wall_seconds']:.0f} s, finished {finished:%Y-%m-%d %H:%M:%S}")
     return Status("waiting")
 
 
@@ -140,10 +141,6 @@ def _state(step: Step) -> dict[str, Any]:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _local_time(finished: str) -> str:
-    return datetime.fromisoformat(finished).astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
 @dataclass(frozen=True)

@@ -95,13 +95,8 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCluster:
 
 
 def make_demo_plan(cluster: FakeCluster, *overrides: str, train: str = "/data/train", eval_: str | None = None) -> Plan:
-    return make_plan(
-        Inputs(train, eval_, truth_unknown=eval_ is not None),
-        [*FAST_SETTINGS, *overrides],
-        run="r",
-        runs=str(cluster.runs),
-        recipe="demo",
-    )
+    inputs = Inputs(train, eval_, truth_unknown=eval_ is not None)
+    return make_plan(inputs, [*FAST_SETTINGS, *overrides], run="r", runs=str(cluster.runs), recipe="demo")
 
 
 def launch(cluster: FakeCluster, plan: Plan | None = None) -> int:

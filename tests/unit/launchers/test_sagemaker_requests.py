@@ -334,27 +334,17 @@ def test_pipeline_has_the_same_requests_in_the_same_order() -> None:
 
 
 def test_printed_plans_contain_names_of_variables_and_no_values(capsys: pytest.CaptureFixture[str]) -> None:
-    common_variables = "sagemaker.environment={API_TOKEN='canary', TOKENS='canaries'}"
-    split_variables = "sagemaker.stages.split.environment={OTHER='canary-of-split'}"
-    for platform, flags in (("sagemaker", []), ("sagemaker", ["--pipeline"]), ("sagemaker-local", [])):
-        inputs = ["train=s3://bucket/train"] if platform == "sagemaker" else [f"train={REPOSITORY / 'docs'}"]
-        args = [
-            f"platform={platform}",
-            "recipe=demo",
-            "run=r",
-            *REQUIRED_SETTINGS,
-            *inputs,
-            common_variables,
-            split_variables,
-            "check=false",
-            "--dry-run",
-            *flags,
-        ]
-        assert submit.main(args) == 0
+    settings = ["recipe=demo", "run=r", *REQUIRED_SETTINGS, "check=false", "--dry-run"]
+    settings.append("sagemaker.environment={API_TOKEN='canary', TOKENS='canaries'}")
+    settings.append("sagemaker.stages.split.environment={OTHER='canary-of-split'}")
+    for arguments in (
+        ["platform=sagemaker", "train=s3://bucket/train"],
+        ["platform=sagemaker", "train=s3://bucket/train", "--pipeline"],
+        ["platform=sagemaker-local", f"train={REPOSITORY / 'docs'}"],
+    ):
+        assert submit.main([*arguments, *settings]) == 0
         output = "".join(capsys.readouterr())
-        assert "API_TOKEN" in output
-        assert "OTHER" in output
-        assert "STAGE" in output
+        assert all(name in output for name in ("API_TOKEN", "OTHER", "STAGE"))
         assert "canar" not in output
 
 

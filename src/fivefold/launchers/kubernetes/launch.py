@@ -142,11 +142,8 @@ class KubernetesBackend:
         jobs = {item["metadata"]["name"]: item for item in objects if item["kind"] == "Job"}
         return jobs, [item for item in objects if item["kind"] == "Pod"]
 
-    def _manifest(self, task: Task) -> Object:
-        return job_manifest(self.plan, task, self.parallel)
-
     def _has_same_request(self, task: Task, present: Object) -> bool:
-        return extract_request(present) == extract_request(self._manifest(task))
+        return extract_request(present) == extract_request(job_manifest(self.plan, task, self.parallel))
 
     def _find_jobs(self) -> dict[str, Object]:
         """Return the run's existing Jobs before anything is applied. Raise a SettingsError if pods run with other settings."""
@@ -164,7 +161,7 @@ class KubernetesBackend:
 
     def _apply_or_follow(self, task: Task, present: Object | None) -> None:
         """Apply a Job, or handle the existing one: skip it if done, follow it if it runs, else replace it."""
-        name, manifest = self._job_name(task), self._manifest(task)
+        name, manifest = self._job_name(task), job_manifest(self.plan, task, self.parallel)
         done = present is not None and cluster.condition(present, "Complete")
         if present is None:
             self._apply_claim(manifest)

@@ -164,11 +164,6 @@ def job_manifest(plan: Plan, task: Task, parallel: int = 0) -> Object:
     }
 
 
-def double_quantity(quantity: str) -> str:
-    """Return twice a Kubernetes quantity: 8Gi for 4Gi."""
-    return re.sub(r"[\d.]+", lambda number: f"{2 * float(number[0]):g}", quantity, count=1)
-
-
 def pod_template(task: Task, pods: Kubernetes) -> Object:
     """Return the pod of a task. It complies with the restricted pod security standard."""
     on_gpu = pods.gpus > 0 and task.stage in GPU_STAGES
@@ -176,7 +171,9 @@ def pod_template(task: Task, pods: Kubernetes) -> Object:
     command = (step.stage, *step.arguments) if task.indexed else step.command
     env = environment(task, pods)
     from_store = [{kind: {"name": STORE, "optional": True}} for kind in ("configMapRef", "secretRef")]
-    limits = {name: str(value) for name, value in pods.limits.items()}
+    # twice the request, 8Gi for 4Gi, unless the user sets another limit
+    double_memory = re.sub(r"[\d.]+", lambda number: f"{2 * float(number[0]):g}", pods.memory, count=1)
+    limits = {"memory": double_memory, **{name: str(value) for name, value in pods.limits.items()}}
     at_store = any(is_url(entry.get("value", "")) for entry in env)
     from_claim = [path for path in (DATA, RUNS) if any(entry.get("value", "").startswith(path) for entry in env)]
     claim_mounts = [
@@ -209,11 +206,7 @@ def pod_template(task: Task, pods: Kubernetes) -> Object:
                 **({"envFrom": from_store} if at_store else {}),
                 "resources": {
                     "requests": {"cpu": str(pods.cpus), "memory": pods.memory},
-                    "limits": {
-                        "memory": double_quantity(pods.memory),
-                        **limits,
-                        **({GPU: str(pods.gpus)} if on_gpu else {}),
-                    },
+                    "limits": {**limits, **({GPU: str(pods.gpus)} if on_gpu else {})},
                 },
                 "securityContext": {
                     "allowPrivilegeEscalation": False,

@@ -112,8 +112,7 @@ class Containers:
                 docker("kill", "--signal", "KILL" if again else "TERM", container)
         return True
 
-    def describe(self, step: Step) -> str:
-        return describe_failure(step)
+    describe = staticmethod(describe_failure)
 
     def _root(self, step: Step) -> Path:
         """Return the folder of a job's container. Its name must be unique, because the SDK's compose project has the same name."""
