@@ -36,6 +36,8 @@ from fivefold.signals import defer_signals, raise_if_stopped
 from fivefold.stages import rank_control
 from fivefold.system import die_with_parent, limit_threads
 
+REFERENCE_STAGES = ("train", "inference", "evaluation")
+"""Stages that exist for the command lines of the reference systems."""
 COMMANDS = {
     "submit": (".submit", "run a recipe's stages in order on a platform"),
     "status": (".status", "show the state of each step of a run"),
@@ -239,11 +241,13 @@ def rewrite_log_line(line: logging.LogRecord) -> bool:
 
 
 def overview() -> str:
-    stages = "\n".join(f"  {name:12} {stage.summary}" for name, stage in STAGES.items())
+    lines = {name: f"  {name:12} {stage.summary}" for name, stage in STAGES.items()}
+    stages = "\n".join(line for name, line in lines.items() if name not in REFERENCE_STAGES)
     commands = "\n".join(f"  {name:12} {summary}" for name, (_, summary) in COMMANDS.items())
+    reference = "\n".join(lines[name] for name in REFERENCE_STAGES)
     return (
         f"{__doc__.strip()}\n\nStages:\n{stages}\n\nCommands:\n{commands}\n\n"
-        f"Shipped recipes: {', '.join(shipped_recipes())}\n\n"
+        f"Commands of the reference systems:\n{reference}\n\nShipped recipes: {', '.join(shipped_recipes())}\n\n"
         "`python -m jobs STAGE --help` shows the channels and keys of a stage. All keys:\n"
         + settings_.describe_keys(list(Settings.model_fields))
     )

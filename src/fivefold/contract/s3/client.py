@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence, Sized
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -54,6 +55,7 @@ TRANSFER_CONFIG = TransferConfig(
 """Files of 8 MiB or more are transferred in parts of 8 MiB."""
 POLL_INTERVAL_S = 0.05
 CHECKSUM = {"ChecksumAlgorithm": "SHA256"}
+ARCHIVE_CLASSES = {"GLACIER", "DEEP_ARCHIVE"}
 QUIET_LOGGERS = ("boto3", "botocore", "s3transfer", "urllib3")
 """Loggers that would log signed requests at level DEBUG."""
 ACCESS_CODES = {"ExpiredToken", "InvalidToken"}
@@ -69,12 +71,13 @@ RETRYABLE_CODES = {
 
 @dataclass(frozen=True)
 class S3Object:
-    """An object of a listing: size in bytes, entity tag, modification time in seconds since 1970."""
+    """An object of a listing: size in bytes, entity tag, modification time in seconds since 1970, storage class."""
 
     url: Url
     size: int
     etag: str
     modified: float
+    storage_class: str = ""
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,14 @@ class S3Client:
         """Return the object with exactly this key, or None."""
         return next((item for item in self._list(url, url.key, limit=1) if item.url == url), None)
 
+    def check_archived(self, objects: Iterable[S3Object]) -> None:
+        """Raise a MissingInputError for an object that is archived and not restored."""
+        for item in objects:
+            if item.storage_class in ARCHIVE_CLASSES:
+                call = partial(self._client.head_object, Bucket=item.url.bucket, Key=item.url.key)
+                if 'ongoing-request="false"' not in self._retry(item.url, call).get("Restore", ""):
+                    raise _archived(item.url)
+
     def read(self, url: Url) -> bytes:
         """Return all bytes of a small object."""
         return self._retry(url, lambda: self._client.get_object(Bucket=url.bucket, Key=url.key)["Body"].read())
@@ -186,11 +197,7 @@ class S3Client:
         def read_pages() -> list[S3Object]:
             paginator = self._client.get_paginator("list_objects_v2")
             pages = paginator.paginate(Bucket=url.bucket, Prefix=prefix, PaginationConfig={"MaxItems": limit})
-            return [
-                S3Object(Url(url.bucket, entry["Key"]), entry["Size"], entry["ETag"], entry["LastModified"].timestamp())
-                for page in interruptible(pages)
-                for entry in page.get("Contents", [])
-            ]
+            return [_object(url.bucket, entry) for page in interruptible(pages) for entry in page.get("Contents", [])]
 
         return self._retry(url, read_pages)
 
@@ -244,7 +251,7 @@ def _error_of_response(error: ClientError, url: Url) -> FivefoldError:
     code, status = str(details.get("Code", "")), error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     message = f"{code} {details.get('Message', '')}".strip()
     if code == "InvalidObjectState":
-        return MissingInputError(f"{url} is archived; restore it (aws s3api restore-object), then run the same command")
+        return _archived(url)
     if code in ACCESS_CODES or status == 403:
         return SettingsError(
             f"{url}: access refused ({message}); the credentials in use need s3:ListBucket, s3:GetObject, s3:PutObject, "
@@ -257,6 +264,15 @@ def _error_of_response(error: ClientError, url: Url) -> FivefoldError:
             f"{url}: the store failed or the object has gone, the same command may succeed later: {message}"
         )
     return SettingsError(f"{url}: the store rejects the request: {message}")
+
+
+def _archived(url: Url) -> MissingInputError:
+    return MissingInputError(f"{url} is archived; restore it (aws s3api restore-object), then run the same command")
+
+
+def _object(bucket: str, entry: dict[str, Any]) -> S3Object:
+    modified, storage_class = entry["LastModified"].timestamp(), entry.get("StorageClass", "")
+    return S3Object(Url(bucket, entry["Key"]), entry["Size"], entry["ETag"], modified, storage_class)
 
 
 def _back_off(attempt: int) -> None:

@@ -180,6 +180,7 @@ class S3Sync:
             return
         from fivefold.contract.s3.client import Download
 
+        self.store.check_archived(item.object for item in stored)
         path.parent.mkdir(parents=True, exist_ok=True)
         check_space(path.parent, sum(item.object.size for item in stored))
         files = [Download(item.object, path / item.name, item.digest) for item in stored]
