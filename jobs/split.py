@@ -118,8 +118,11 @@ def verify_eval(
 def write_overlap(path: Path, images: EvalImages, table: FoldTable, shared: Mapping[int, int]) -> Path:
     """Write and log the test images with the same pixels as an image of the split; `shared` maps test rows to split rows."""
     test_rows, rows = list(shared), np.array(list(shared.values()), np.int64)
-    counts = len(shared), len(images), preview(images.paths[test_rows]), path.name
-    log.warning("split: %d of %d test images have the pixels of an image of the split, e.g. %s; %s lists them", *counts)
+    log.warning(
+        "split: %d of %d test images have the pixels of an image of the split, e.g. %s: their score says nothing about new "
+        "images; %s lists them, and evaluate also scores the other images separately",
+        *(len(shared), len(images), preview(images.paths[test_rows]), path.name),
+    )
     columns = {"id": images.ids[test_rows], "path": images.paths[test_rows], "split_path": table.paths_of(rows)}
     frame = pd.DataFrame(columns | {"label": table.labels()[rows], "part": table.part[rows]}, dtype=object)
     with atomic(path) as temporary:

@@ -38,9 +38,8 @@ def summarise(
     `skipped`: paths and reasons of unreadable images, which are not in the table; `lost`: classes that had no other images.
     """
     parts = np.unique(table.part[table.fold < 0])
-    bins = [
-        f"fold {fold}" for fold in range(table.num_folds)
-    ] + parts.tolist()  # each fold, then each part without a fold
+    # the bins are the folds, then the parts without folds
+    bins = [*(f"fold {fold}" for fold in range(table.num_folds)), *parts.tolist()]
     bin_of_row = np.where(table.fold < 0, table.num_folds + np.searchsorted(parts, table.part), table.fold)
     per_class = np.zeros((len(table.classes), len(bins)), int)
     np.add.at(per_class, (table.codes, bin_of_row), 1)
