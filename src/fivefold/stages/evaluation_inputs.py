@@ -186,7 +186,10 @@ class EvaluationInputs:
     def counts(self) -> list[tuple[str, str]]:
         """Return names and values of the split's counts; empty without its summary."""
         path = self.split.with_name(SPLIT_SUMMARY) if self.split else None
-        return describe_data(read_json(path)) if path and path.is_file() else []
+        try:
+            return describe_data(read_json(path)) if path and path.is_file() else []
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path} is no summary of a split ({error!r}); rerun split or delete the file") from None
 
     def records(self) -> list[dict[str, Any]]:
         """Return the records of the previous stages, in pipeline order."""
