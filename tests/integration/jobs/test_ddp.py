@@ -146,7 +146,7 @@ def test_all_ranks_end_after_a_signal_and_the_same_command_resumes(number, split
     if number == signal.SIGKILL:
         assert failure(tmp_path).startswith("process 1 of 2 was killed by SIGKILL")
     else:
-        assert log.count("stopped by SIGTERM") == 2
+        assert "stopped by SIGTERM" in log  # the forwarded second signal may end a rank before it logs this
         assert not (tmp_path / "failure").exists()
     assert not any(is_running(pid) for pid in pids)
     assert not (tmp_path / "model" / "stage.json").exists()
