@@ -121,7 +121,7 @@ def build_trainer(
     """Build all components of a training run; if `train` has a teacher, it is a distillation."""
     check_training(settings)
     seed_everything(settings.seed)
-    chosen, distill = settings.train, settings.distill
+    chosen = settings.train
     loss = _build_loss(settings, train)
     if network.meta is not None:
         network.meta.fit(torch.from_numpy(train.images.compute_image_stats()))
@@ -140,13 +140,7 @@ def build_trainer(
     scored = {name: ema.model for name, ema in callbacks.items()}
     if not scored or chosen.save_raw_weights:
         scored["raw"] = model
-    callbacks["schedule"] = schedule
-    if chosen.freeze_epochs:
-        callbacks["freezing"] = FreezeBackbone(network.backbone, chosen.freeze_epochs * steps)
-    if train.teacher is not None:
-        falling = round(distill.alpha_anneal_fraction * chosen.epochs * steps)
-        decay, end = distill.temperature_decay, distill.min_temperature
-        callbacks["teacher"] = DistillSchedule(train.teacher, steps, decay, end, falling)
+    callbacks |= {"schedule": schedule, **_callbacks(settings, network, train, steps)}
     if chosen.compile:
         network.backbone.compile()  # in place, to keep names; after the EMA copy, which is not trained
     sampler = choose(SAMPLERS, "sampler", chosen.sampler)
@@ -179,6 +173,19 @@ def build_trainer(
         runtime=runtime,
         components=parts | {RUNTIME: PrecisionState(runtime)},
     )
+
+
+def _callbacks(settings: Settings, network: Classifier, train: TrainData, steps: int) -> dict[str, Any]:
+    """Return the callbacks of freezing and distillation by their keys in a checkpoint; an epoch has this many `steps`."""
+    chosen, distill = settings.train, settings.distill
+    callbacks: dict[str, Any] = {}
+    if chosen.freeze_epochs:
+        callbacks["freezing"] = FreezeBackbone(network.backbone, chosen.freeze_epochs * steps)
+    if train.teacher is not None:
+        falling = round(distill.alpha_anneal_fraction * chosen.epochs * steps)
+        decay, end = distill.temperature_decay, distill.min_temperature
+        callbacks["teacher"] = DistillSchedule(train.teacher, steps, decay, end, falling)
+    return callbacks
 
 
 def check_memory(network: Classifier, settings: Settings, runtime: Runtime, images: int = 0) -> None:
