@@ -1,7 +1,7 @@
 """The ensemble stage: every fold model predicts the test images, and the systems are blended."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,10 +60,6 @@ def main(job: StageContext, settings: Settings) -> StageResult:
         if job.optional_channel("folds") is not None:
             check_split(models, find_one(job, "folds", FOLDS))
     groups = group_by_system(models)
-    if taken := [name for name in files if name in groups]:
-        raise DataError(
-            f"{files[taken[0]]} and a system of the models are both called {taken[0]!r}; rename one of them"
-        )
     if options.blend == "product" and files:
         raise SettingsError(
             f"ensemble.blend=product combines models of different factors, but {next(iter(files))} is a submission file; "
@@ -74,7 +70,7 @@ def main(job: StageContext, settings: Settings) -> StageResult:
     classes = product.factors.classes if product else known_classes(models, images, files)
     images = with_factor_labels(images, models, classes)
     check_submission(images, classes, same)
-    submitted = read_files(files, images, classes, same, options)
+    submitted = read_files(files, groups, images, classes, same, options)
     log.info("%s: %d models and %d files", ", ".join([*groups, *submitted]), len(models), len(files))
 
     system_probs, unreadable = predict_each(job, settings, groups, store, images, options.seed_blend)
@@ -152,7 +148,12 @@ def known_classes(models: list[ModelDir], images: EvalImages, files: Mapping[str
 
 
 def read_files(
-    files: Mapping[str, Path], images: EvalImages, classes: Sequence[str], same: ClassAliases, options: schema.Ensemble
+    files: Mapping[str, Path],
+    systems: Collection[str],
+    images: EvalImages,
+    classes: Sequence[str],
+    same: ClassAliases,
+    options: schema.Ensemble,
 ) -> dict[str, Predictions]:
     """Read each file's predictions of the test images, in their order, by system name.
 
@@ -161,6 +162,8 @@ def read_files(
     ids, submitted = [str(name) for name in images.ids], {}
     answer = {"answer": options.answer, "positive": options.positive_class}
     for name, path in files.items():
+        if name in systems:
+            raise DataError(f"{path} and a system of the models are both called {name!r}; rename one of them")
         submitted[name] = read_submission(path, ids, classes, same, **answer).reindex(ids)
         if options.blend in ("geometric", "rank") and contains_labels(submitted[name]):
             raise SettingsError(

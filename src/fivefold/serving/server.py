@@ -15,6 +15,10 @@ from fivefold.serving.app import build_app
 from fivefold.serving.service import Service
 from fivefold.signals import raise_if_stopped
 
+KEEP_ALIVE_S = 65
+"""Maximum idle time of a connection: longer than the 60 s after which proxies close theirs."""
+CLOSE_DELAY_S = 0.25
+"""Delay between the last accept and closing idle connections, so that requests in transit still arrive."""
 READ_TIMEOUT_S = 30.0
 """Time for a client to read a response; the kernel buffers some megabytes of it."""
 
@@ -62,7 +66,7 @@ class Server(uvicorn.Server):
         """Stop accepting; every accepted connection may still send its request and get its response."""
         for server in self.servers:
             server.close()
-        await asyncio.sleep(0.25)  # so that requests in transit still arrive on idle connections
+        await asyncio.sleep(CLOSE_DELAY_S)
         await super().shutdown(sockets)
 
 
@@ -97,10 +101,9 @@ async def serve(listener: socket.socket, service: Service, load: Callable[[], An
 @asynccontextmanager
 async def running(listener: socket.socket, service: Service) -> AsyncIterator[asyncio.Future[None]]:
     """Run the server during the block; then accept no more requests, and finish those in flight in `serve.drain_s` seconds."""
-    # Idle connections stay longer than the 60 s after which proxies close theirs.
     config = uvicorn.Config(
         build_app(service), http=Connection, ws="none", loop="asyncio", lifespan="off", log_config=None, log_level="warning",
-        access_log=False, server_header=False, proxy_headers=False, timeout_keep_alive=65, timeout_graceful_shutdown=service.limits.drain_s,
+        access_log=False, server_header=False, proxy_headers=False, timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=service.limits.drain_s,
         limit_concurrency=service.limits.max_connections,
     )  # fmt: skip
     server = Server(config)
