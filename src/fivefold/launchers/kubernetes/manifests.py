@@ -30,6 +30,15 @@ CONTAINER = "fivefold"
 STORE = "fivefold-s3"
 """The ConfigMap and the Secret with variables for pods that use s3://. Both may be absent."""
 UID = 10001
+POD_SECURITY = {
+    "runAsNonRoot": True,
+    "runAsUser": UID,
+    "runAsGroup": UID,
+    "fsGroup": UID,
+    "fsGroupChangePolicy": "OnRootMismatch",
+    "seccompProfile": {"type": "RuntimeDefault"},
+}
+"""A user without root rights; the group may access the claim's files."""
 READ_ONLY = {DATA: {"readOnly": True}}
 GPU = "nvidia.com/gpu"
 GPU_STAGES = ("train-fold", "distill", "ensemble")
@@ -165,7 +174,10 @@ def job_manifest(plan: Plan, task: Task, parallel: int = 0) -> Object:
 
 
 def pod_template(task: Task, pods: Kubernetes) -> Object:
-    """Return the pod of a task. It complies with the restricted pod security standard."""
+    """Return the pod of a task. It complies with the restricted pod security standard.
+
+    The pod gets no token of its service account and no variables of the cluster's services.
+    """
     on_gpu = pods.gpus > 0 and task.stage in GPU_STAGES
     step = task.steps[0]
     command = (step.stage, *step.arguments) if task.indexed else step.command
@@ -181,17 +193,9 @@ def pod_template(task: Task, pods: Kubernetes) -> Object:
         for path in from_claim
     ]
     return {
-        # a non-root user, with group access to the claim's files; no service account token, no service variables
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
-        "securityContext": {
-            "runAsNonRoot": True,
-            "runAsUser": UID,
-            "runAsGroup": UID,
-            "fsGroup": UID,
-            "fsGroupChangePolicy": "OnRootMismatch",
-            "seccompProfile": {"type": "RuntimeDefault"},
-        },
+        "securityContext": POD_SECURITY,
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": GRACE_PERIOD_S,
         **({"serviceAccountName": pods.service_account} if pods.service_account else {}),
