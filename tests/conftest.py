@@ -1,5 +1,6 @@
 """Fixtures shared by tests in several folders."""
 
+import gc
 import logging
 import subprocess
 from collections.abc import Iterator
@@ -12,6 +13,11 @@ from PIL import Image
 
 from s3_server import Bucket, run_server
 from toy_data import draw_toy_images, make_product_run, make_toy_run
+
+
+def pytest_collection_finish() -> None:
+    """Exclude the imported modules from garbage collections: pytest makes five at the end, each of a second."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

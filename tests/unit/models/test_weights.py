@@ -1,5 +1,3 @@
-"""Foreign weights and checkpoints: read without running code, located at any depth, matched by name and shape."""
-
 import argparse
 import collections
 import enum
