@@ -18,7 +18,6 @@ from fivefold.models.weights import load_strict, read_weights, save_weights
     [
         ("timm/resnet10t", 32, 512),
         ("torchvision/resnet18", 32, 512),
-        ("torchvision/mobilenet_v3_small", 32, 1024),
         ("torchvision/convnext_tiny", 32, 768),
         ("torchvision/vgg19", 32, 4096),
         ("efficientnet_pytorch/efficientnet-b0", 32, 1280),

@@ -288,7 +288,7 @@ def test_log_names_the_selected_and_the_unused_weights(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    "name", ["torchvision/mobilenet_v3_small", "efficientnet_pytorch/efficientnet-b0", "fivefold/small_net"]
+    "name", ["torchvision/resnet18", "efficientnet_pytorch/efficientnet-b0", "fivefold/small_net"]
 )
 def test_networks_of_every_family_load_their_own_checkpoints(name, tmp_path, caplog):
     torch.manual_seed(1)
