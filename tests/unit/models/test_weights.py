@@ -287,9 +287,7 @@ def test_log_names_the_selected_and_the_unused_weights(tmp_path, caplog):
     assert all(part in record[1] for part in ("below 'model.'", "'model_ema.'"))
 
 
-@pytest.mark.parametrize(
-    "name", ["torchvision/resnet18", "efficientnet_pytorch/efficientnet-b0", "fivefold/small_net"]
-)
+@pytest.mark.parametrize("name", ["torchvision/resnet18", "efficientnet_pytorch/efficientnet-b0", "fivefold/small_net"])
 def test_networks_of_every_family_load_their_own_checkpoints(name, tmp_path, caplog):
     torch.manual_seed(1)
     source = build_backbone(name, False, {}).state_dict()
