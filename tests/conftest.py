@@ -1,17 +1,20 @@
-"""Fixtures shared by tests in several folders."""
+"""Fixtures shared by tests in several folders. Slow imports are inside them: the controller of pytest-xdist needs none of them."""
 
+import gc
 import logging
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from s3_server import Bucket, run_server
-from toy_data import draw_toy_images, make_product_run, make_toy_run
+
+
+def pytest_collection_finish() -> None:
+    """Exclude the imported modules from garbage collections: pytest makes five at the end, each of a second."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +78,9 @@ class DrawnProducts:
 @pytest.fixture(scope="session")
 def products(tmp_path_factory: pytest.TempPathFactory) -> DrawnProducts:
     """Forty drawn products with a varying number of images per cell, in Korean categories of unequal size; read-only."""
+    import numpy as np
+    from PIL import Image
+
     root, random = tmp_path_factory.mktemp("products"), np.random.default_rng(0)
     bright = {"main": 0, "back": 0, "tag": 1, "neck": 2, "etc": None}
     category = {f"P{n:03d}": "상의" if n % 10 < 7 else "하의" if n % 10 < 9 else "가방" for n in range(40)}
@@ -98,10 +104,14 @@ def products(tmp_path_factory: pytest.TempPathFactory) -> DrawnProducts:
 @pytest.fixture(scope="session")
 def toy_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the toy images with all its steps; read-only: a test that changes it uses `copy_run`."""
+    from toy_data import draw_toy_images, make_toy_run
+
     return make_toy_run(draw_toy_images(tmp_path_factory.mktemp("toy")))
 
 
 @pytest.fixture(scope="session")
 def product_run(products: DrawnProducts, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the drawn products; read-only."""
+    from toy_data import make_product_run
+
     return make_product_run(products.root, tmp_path_factory.mktemp("product-run"))

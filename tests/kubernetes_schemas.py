@@ -2,38 +2,45 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
-from hera.workflows.models import Workflow
-from kubeflow_trainer_api.models import TrainerV1alpha1TrainingRuntime, TrainerV1alpha1TrainJob
-from kubernetes_validate.utils import all_versions, validate
+from kubernetes_validate import utils
 
 OLDEST = "1.33.0"
 """The first version with every field of an Indexed Job that these manifests use."""
-VERSIONS = [OLDEST, all_versions()[-1]]
+VERSIONS = [OLDEST, utils.all_versions()[-1]]
 VOLUMES = {"emptyDir", "persistentVolumeClaim"}
 """The volume types that these pods use; the restricted standard allows them."""
-TRAINER_MODELS = {"TrainJob": TrainerV1alpha1TrainJob, "TrainingRuntime": TrainerV1alpha1TrainingRuntime}
+utils.schema_contents = cache(utils.schema_contents)  # otherwise each check parses all definitions of its version
+
+
+def parse(text: str) -> list[dict[str, Any]]:
+    return list(yaml.load_all(text, yaml.CSafeLoader))
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    return list(yaml.safe_load_all(path.read_text("utf-8")))
+    return parse(path.read_text("utf-8"))
 
 
 def check(manifest: Mapping[str, Any], version: str) -> None:
     """Raise an error for fields that the API of this version does not know or does not accept."""
     kind = manifest["kind"]
     if kind == "Workflow":  # the models accept every field, but return only those that Argo knows
+        from hera.workflows.models import Workflow
+
         assert Workflow.model_validate(manifest).model_dump(mode="json", by_alias=True, exclude_none=True) == manifest
-    elif kind in TRAINER_MODELS:
-        assert TRAINER_MODELS[kind].from_dict(dict(manifest)).to_dict() == manifest
+    elif kind in ("TrainJob", "TrainingRuntime"):
+        from kubeflow_trainer_api import models
+
+        assert getattr(models, f"TrainerV1alpha1{kind}").from_dict(dict(manifest)).to_dict() == manifest
     else:
-        validate(manifest, version, strict=True)
+        utils.validate(manifest, version, strict=True)
     for spec in pod_specs(manifest) if "." in manifest["apiVersion"] else []:
         pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "any"}, "spec": spec}
-        validate(pod, version, strict=True)
+        utils.validate(pod, version, strict=True)
 
 
 def pod_specs(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -16,8 +16,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 
-import boto3
-
 REGION = "eu-central-1"
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "AKIAEXAMPLE",
@@ -57,6 +55,8 @@ def run_server() -> Iterator[str]:
 @cache
 def _connect(endpoint: str):
     """Return a client of its own session, because boto3's default session is not thread-safe."""
+    import boto3
+
     return boto3.Session().client(
         "s3",
         endpoint_url=endpoint,

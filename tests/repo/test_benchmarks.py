@@ -1,4 +1,4 @@
-"""The benchmarks: statistics, sample images, invalid options; a slow test runs each benchmark at a small size."""
+"""The benchmarks: statistics, processes, options; a slow test runs each benchmark at a small size."""
 
 import itertools
 import json
@@ -8,13 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
-from PIL import Image
 
 from benchmarks import results
 from benchmarks.__main__ import plan
@@ -22,7 +20,6 @@ from benchmarks.options import Options, parse
 from benchmarks.processes import Call, ratio_of_passes, run, run_side_by_side, spread
 from benchmarks.results import TARGETS, Finding
 from benchmarks.training import parse_setting
-from benchmarks.workloads import make_photograph
 from fivefold.errors import FivefoldError, SettingsError
 from reference_run import wait_until
 
@@ -82,22 +79,11 @@ def test_run_measures_time_and_memory_without_inherited_settings(monkeypatch):
     assert run(Call(["-c", "import os; print(os.environ.get('OMP_NUM_THREADS', 0))"]), threads=0).output == 0
 
 
-@pytest.mark.parametrize(("size", "kilobytes"), [((500, 375), (25, 130)), ((1600, 1200), (250, 900))])
-def test_photographs_are_reproducible_and_as_large_as_camera_files(size, kilobytes):
-    first, second, repeated = (make_photograph(size, seed) for seed in (0, 1, 0))
-    assert first == repeated != second
-    assert Image.open(BytesIO(first)).size == size
-    assert kilobytes[0] < len(first) / 1000 < kilobytes[1]
-
-
-@pytest.mark.parametrize("argument", ["pair=3", "pairs=many", "pairs=0", "pairs", "device=tpu", "photo=big"])
-def test_invalid_options_are_rejected(argument):
-    with pytest.raises(SettingsError, match=argument.split("=")[0]):
-        parse([argument])
-
-
-def test_options_select_benchmarks_rows_and_settings():
+def test_options_select_benchmarks_rows_and_settings_and_invalid_ones_are_rejected():
     assert parse(["pairs=3", "cases=a,b", "work=/w"]) == Options(pairs=3, cases="a,b", work="/w")
+    for argument in ("pair=3", "pairs=many", "pairs=0", "pairs", "device=tpu", "photo=big"):
+        with pytest.raises(SettingsError, match=argument.split("=")[0]):
+            parse([argument])
     with pytest.raises(SettingsError, match="'resnet'"):
         parse(["cases=resnet"]).select(["resnet18@64"])
     assert parse_setting("bf16,NHWC,2") == ("bf16", "NHWC", 2)
@@ -131,6 +117,7 @@ def test_performance_page_contains_the_results_table():
     assert results.markdown_table(ROOT / "benchmarks" / "results") in page
 
 
+@pytest.mark.slow
 def test_sigterm_ends_the_measured_process(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "loader", "count=1", f"work={tmp_path}", f"results={tmp_path}"]
     process = psutil.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)

@@ -3,8 +3,6 @@
 import re
 from pathlib import Path
 
-import pytest
-
 from fivefold.config.loading import SECTIONS, normalize_key, reference
 from fivefold.config.loading import read_recipe as recipe
 from fivefold.config.recipes import shipped_recipes
@@ -30,18 +28,18 @@ def test_every_recipe_named_in_the_docs_exists():
         assert all(recipe(name) for name in re.findall(r"recipe=([a-z]\w*)(?![\w./])", text))
 
 
-@pytest.mark.parametrize("line", sorted({line for text in PAGES.values() for line in COMMAND.findall(text)}))
-def test_every_command_uses_a_known_stage_and_known_keys(line):
-    command, arguments = re.findall(r"(?:-m jobs|jobs/)\s*([\w-]+)(.*)", line)[0]
-    name = command.removesuffix(".py").replace("_", "-")
-    if name == "STAGE":
-        return
-    assert name in {*STAGES, *COMMANDS, "train"} or line.startswith("python -m jobs --help")
-    stage = STAGES.get(name)
-    paths = {*stage.channels, *stage.optional, "output"} if stage and stage.path_arguments else set()
-    keys = [normalize_key(key) for key in re.findall(r"(?<![\w\"{])([A-Za-z_.]+)=\S+", arguments.partition(" #")[0])]
-    known = {*Keys.model_fields, *paths, "fold", "model"}
-    assert [key for key in keys if key not in known and key.split(".")[0] not in SECTIONS] == []
+def test_every_command_uses_a_known_stage_and_known_keys():
+    for line in {line for text in PAGES.values() for line in COMMAND.findall(text)}:
+        command, arguments = re.findall(r"(?:-m jobs|jobs/)\s*([\w-]+)(.*)", line)[0]
+        name = command.removesuffix(".py").replace("_", "-")
+        if name == "STAGE":
+            continue
+        assert name in {*STAGES, *COMMANDS, "train"} or line.startswith("python -m jobs --help")
+        stage = STAGES.get(name)
+        paths = {*stage.channels, *stage.optional, "output"} if stage and stage.path_arguments else set()
+        keys = map(normalize_key, re.findall(r"(?<![\w\"{])([A-Za-z_.]+)=\S+", arguments.partition(" #")[0]))
+        known = {*Keys.model_fields, *paths, "fold", "model"}
+        assert [key for key in keys if key not in known and key.split(".")[0] not in SECTIONS] == [], line
 
 
 def test_settings_page_is_up_to_date():

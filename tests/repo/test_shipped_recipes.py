@@ -1,7 +1,6 @@
 """Shipped recipes at full size: every name in them exists, and `smoke` changes only sizes and counts."""
 
 import tomllib
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,7 +16,6 @@ from fivefold.config.recipes import SMOKE, shipped_recipes
 from fivefold.config.schema import Settings
 from fivefold.data.pipeline.dataset import count_stats
 from fivefold.data.transforms.registry import build_transforms
-from fivefold.lookup import choose
 from fivefold.models.backbones import SMALL
 from fivefold.models.classifier import build_head
 
@@ -27,6 +25,13 @@ SIZES = {
     "train.freeze_epochs", "predict.batch_size", "distill.train.epochs", "distill.train.batch_size",
 }  # fmt: skip
 """Keys that `smoke` may change."""
+NETWORKS = {
+    "timm": (timm.is_model, timm.models.is_model_pretrained),
+    "torchvision": (torchvision.list_models().__contains__, lambda name: len(torchvision.get_model_weights(name)) > 0),
+    "efficientnet_pytorch": (VALID_MODELS.__contains__, url_map.__contains__),
+    "fivefold": (SMALL.__contains__, lambda name: False),
+}
+"""By family: a test whether a network exists, and a test whether its hub has weights for it."""
 
 
 def read_variants(name: str) -> dict[str, Any]:
@@ -56,6 +61,10 @@ SMOKE_RECIPES = [  # a variant with a backbone of its own follows `smoke`, and o
 @pytest.mark.parametrize("name", ALL_RECIPES)
 def test_every_name_in_a_recipe_is_known(name: str) -> None:
     settings = read_settings(name)
+    family, _, network = settings.model.backbone.partition("/")
+    exists, has_weights = NETWORKS[family]
+    assert exists(network)
+    assert has_weights(network) or not settings.model.pretrained
     for resolved in (settings, settings.student()):
         check_training(resolved)
         build_head(resolved.model.head, 8 + count_stats(resolved.model.image_stats), 7, resolved.model.dropout)
@@ -63,24 +72,6 @@ def test_every_name_in_a_recipe_is_known(name: str) -> None:
         transform = build_transforms(specs, (40, 32), evaluation)
         image = torch.randint(0, 256, (3, 70, 60), dtype=torch.uint8)
         assert transform(image).shape == (3, 40, 32)
-
-
-@pytest.mark.parametrize("name", ALL_RECIPES)
-def test_backbones_and_their_pretrained_weights_exist(name: str) -> None:
-    model = read_settings(name).model
-    family, _, network = model.backbone.partition("/")
-    checks = choose(NETWORKS, "family", family)
-    assert checks[0](network)
-    assert checks[1](network) or not model.pretrained
-
-
-NETWORKS: dict[str, tuple[Callable[[str], bool], Callable[[str], bool]]] = {
-    "timm": (timm.is_model, timm.models.is_model_pretrained),
-    "torchvision": (torchvision.list_models().__contains__, lambda name: len(torchvision.get_model_weights(name)) > 0),
-    "efficientnet_pytorch": (VALID_MODELS.__contains__, url_map.__contains__),
-    "fivefold": (SMALL.__contains__, lambda name: False),
-}
-"""By family: a test whether a network exists, and a test whether its hub has weights for it."""
 
 
 @pytest.mark.slow

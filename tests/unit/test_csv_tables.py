@@ -1,5 +1,3 @@
-"""Reading CSV tables in common dialects as text, and errors that name the place of the fault."""
-
 from pathlib import Path
 
 import numpy as np

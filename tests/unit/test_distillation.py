@@ -1,5 +1,3 @@
-"""Soft targets without leakage: every row gets its targets from models that were not trained on it."""
-
 from dataclasses import replace
 from hashlib import sha256
 

@@ -1,5 +1,3 @@
-"""The precision probe: its choice, its side effects, and one choice for all stages of a run; the runtime of a network."""
-
 import json
 import math
 import subprocess
@@ -74,7 +72,7 @@ def test_time_steps_interleaves_steps_drops_the_first_round_and_obeys_the_time_l
 
 
 def test_probe_next_to_busy_processes_is_repeated_and_reported_as_disturbed(monkeypatch):
-    monkeypatch.setattr(execution, "PROBE_S", 0.5)
+    monkeypatch.setattr(execution, "PROBE_S", 0.2)
     monkeypatch.setattr(execution, "PROBE_PAUSE_S", 0.0)
     rounds: list[int] = []
     command = [sys.executable, "-S", "-c", "print(flush=True)\nwhile True: pass"]

@@ -1,5 +1,3 @@
-"""Loading of exported and of foreign model folders: sigmoid heads, and model.json files that are rejected."""
-
 from pathlib import Path
 
 import numpy as np
@@ -11,33 +9,28 @@ from fivefold.contract.files import read_json, write_json
 from fivefold.data.readers.stores import open_store
 from fivefold.ensemble import EnsemblePredictor
 from fivefold.errors import DataError
+from fivefold.export import EnsembleModule
 from fivefold.inference.ensemble_spec import EnsembleSpec
 from fivefold.trained_model import ImageList, load_model
-from random_models import draw_images, export_model, predict_onnx, predict_pipeline, read_pixels, save_model_dir
+from random_models import draw_images, predict_pipeline, read_pixels, save_model_dir
 
 
-@pytest.fixture
-def images(tmp_path: Path) -> Path:
-    return draw_images(tmp_path / "images")
-
-
-def test_model_trained_with_bce_predicts_and_is_exported_with_sigmoids(images, tmp_path):
-    folder = save_model_dir(tmp_path / "model", None, loss="bce")
-    model, names = load_model(open_model_dir(folder), {}), sorted(path.name for path in images.iterdir())
+def test_model_trained_with_bce_predicts_and_is_exported_with_sigmoids(tmp_path):
+    folder, images = save_model_dir(tmp_path / "model", None, loss="bce"), draw_images(tmp_path / "images")
+    model = load_model(open_model_dir(folder), {})
     assert read_json(folder / "model.json")["link"] == "sigmoid"
+    pixels = torch.from_numpy(read_pixels(images)).permute(0, 3, 1, 2)
     with torch.inference_mode():
-        odds = model.network(model.runtime.images(torch.from_numpy(read_pixels(images)).permute(0, 3, 1, 2))).sigmoid()
+        odds = model.network(model.runtime.images(pixels)).sigmoid()
     expected = (odds / odds.sum(dim=1, keepdim=True)).numpy()
-    probs = np.exp(predict_pipeline([folder], images, [1.0]))
-    np.testing.assert_allclose(probs, expected, atol=1e-5)
-    result = EnsemblePredictor(EnsembleSpec({"a": [model.source]}, (1.0,)), [model]).predict(
-        ImageList(open_store(images), names)
-    )
-    np.testing.assert_allclose(np.exp(result.log_probs), expected, atol=1e-5)
-    assert export_model(folder, tmp_path / "out") == 0
-    np.testing.assert_allclose(predict_onnx(tmp_path / "out" / "model.onnx", images), expected, atol=1e-5)
+    predictor = EnsemblePredictor(EnsembleSpec({"a": [model.source]}, (1.0,)), [model])
+    listed = ImageList(open_store(images), sorted(path.name for path in images.iterdir()))
+    np.testing.assert_allclose(np.exp(predictor.predict(listed).log_probs), expected, atol=1e-5)
+    with torch.inference_mode():
+        exported = EnsembleModule(predictor).eval()(pixels.float())  # `write_onnx` compares each file with this module
+    np.testing.assert_allclose(exported, expected, atol=1e-5)
     softmax = np.exp(predict_pipeline([save_model_dir(tmp_path / "other", None)], images, [1.0]))
-    assert np.abs(probs - softmax).max() > 0.01, "softmax predicts otherwise with the same weights"
+    assert np.abs(exported.numpy() - softmax).max() > 0.01, "softmax predicts otherwise with the same weights"
     write_json(folder / "model.json", read_json(folder / "model.json") | {"link": "probit"})
     with pytest.raises(DataError, match=r"model\.json"):
         load_model(open_model_dir(folder), {})

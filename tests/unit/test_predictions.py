@@ -1,5 +1,3 @@
-"""The prediction table that stages exchange: write and read give the same table, and errors name invalid cells."""
-
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -86,9 +84,7 @@ def replace_last(value: float) -> Callable[[pa.Table], pa.Table]:
         (lambda t: t.append_column("p/cat", t.column("p/cat")), "columns.*: 'p/cat'"),
     ],
 )
-def test_read_rejects_an_invalid_table_with_its_path_and_fault(
-    damage: Callable[[pa.Table], pa.Table], message: str, tmp_path: Path
-):
+def test_read_rejects_an_invalid_table_with_its_path_and_fault(damage, message, tmp_path):
     path = tmp_path / "predictions.parquet"
     write(path, make_table(4))
     pq.write_table(damage(pq.read_table(path)), path)

@@ -1,5 +1,3 @@
-"""Sources of settings, their precedence, values from text, and the errors for unknown keys and invalid values."""
-
 import json
 import re
 from pathlib import Path
@@ -199,9 +197,7 @@ def variant_recipe(tmp_path: Path) -> Path:
         (":plain,smoke", ("varied_plain", 1, [], {"width": 8}, {"epochs": 2, "max_grad_norm": 5})),
     ],
 )
-def test_variants_override_the_recipe_and_all_but_smoke_extend_the_system_name(
-    variant_recipe: Path, variants: str, expected: tuple[Any, ...]
-):
+def test_variants_override_the_recipe_and_all_but_smoke_extend_the_system_name(variant_recipe, variants, expected):
     settings = load_args(f"recipe={variant_recipe}{variants}", "train.lr=2")
     model, train = settings.model, settings.train
     actual = (settings.system, train.epochs, model.image_stats, model.backbone_kwargs, settings.distill.train)

@@ -1,5 +1,3 @@
-"""The settings models: invalid values, descriptions, and the keys that each stage hashes."""
-
 import math
 from typing import Any
 

@@ -1,5 +1,3 @@
-"""Search for the outputs of earlier stages in folders and tarballs, and their digests."""
-
 import gzip
 import json
 import subprocess

@@ -1,5 +1,3 @@
-"""Exit codes of failures, and the failure file, of which SageMaker shows the first 1,024 characters."""
-
 import errno
 import logging
 import os
@@ -118,19 +116,16 @@ def termination_log(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture(params=["failure file", "termination log"])
+@pytest.fixture(params=["output/failure", "mounted"], ids=["failure file", "termination log"])
 def write_report(request: pytest.FixtureRequest, termination_log: Path) -> Callable[[BaseException], str]:
     """A function that reports an error in one of the two files and returns the text of the file."""
+    folder, in_log = termination_log.parent, request.param == "mounted"
 
-    def write_failure_file(error: BaseException) -> str:
-        report_failure(termination_log.parent / "output", error)
-        return (termination_log.parent / "output" / "failure").read_text(encoding="utf-8")
+    def write(error: BaseException) -> str:
+        report_failure(None if in_log else folder / "output", error, termination_log if in_log else folder / "absent")
+        return (folder / request.param).read_text(encoding="utf-8")
 
-    def write_termination_log(error: BaseException) -> str:
-        report_failure(None, error, termination_log)
-        return (termination_log.parent / "mounted").read_text(encoding="utf-8")
-
-    return write_failure_file if request.param == "failure file" else write_termination_log
+    return write
 
 
 def test_report_has_the_message_first_and_then_the_traceback(write_report: Callable[[BaseException], str]):

@@ -1,5 +1,3 @@
-"""Atomic writes, digests of trees, and errors for folders that cannot be written."""
-
 import errno
 import fcntl
 import os
@@ -96,9 +94,7 @@ def make_failing_call(number: int) -> Callable[..., None]:
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.EINVAL])
-def test_file_systems_without_fsync_flock_or_fallocate_are_supported(
-    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_file_systems_without_fsync_flock_or_fallocate_are_supported(number, tmp_path, monkeypatch):
     for module, name in ((os, "fsync"), (os, "posix_fallocate"), (fcntl, "flock")):
         monkeypatch.setattr(module, name, make_failing_call(number), raising=False)
     write_text(tmp_path / "t", "text")

@@ -1,5 +1,3 @@
-"""Stage contexts from SM_* variables or the folders below /opt/ml."""
-
 import json
 from pathlib import Path
 

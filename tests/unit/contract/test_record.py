@@ -1,5 +1,3 @@
-"""stage.json: the reasons to rerun a stage, and the records of two stages in one folder."""
-
 import dataclasses
 import json
 import re

@@ -1,5 +1,3 @@
-"""The folders of a run, and the variables that a stage fills in if RUN is set."""
-
 from pathlib import Path
 
 import pytest

@@ -1,5 +1,3 @@
-"""Aliases of a class: the three policies, with values computed by hand."""
-
 import unicodedata
 
 import numpy as np

@@ -1,5 +1,3 @@
-"""Decoding: comparison with Pillow's conversions, and files that are not images."""
-
 import struct
 import subprocess
 import sys
@@ -65,19 +63,19 @@ def test_scaled_decoding_never_goes_below_the_minimum_size():
 KINDS = [(kind, mode) for kind in ("PNG", "TIFF") for mode in ("RGB", "L", "RGBA", "I;16", "P")]
 
 
-@pytest.mark.parametrize("orientation", [0, 2, 6, 7, 9])
 @pytest.mark.parametrize(("kind", "mode"), [*KINDS, ("JPEG", "RGB"), ("JPEG", "L"), ("WEBP", "RGB"), ("WEBP", "RGBA")])
-def test_images_are_rotated_upright_and_decoded_size_equals_their_shape(mode, kind, orientation):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
+def test_images_are_rotated_upright_and_decoded_size_equals_their_shape(mode, kind):
     wide = Image.fromarray(RGB[..., 0].astype(np.uint16) * 257)
     image = wide if mode == "I;16" else Image.fromarray(RGB).convert(mode)
-    content = encode(image, kind, exif=exif)
-    pixels = decode(content, "x")
-    flat = Image.fromarray(decode(encode(image, kind), "x"))
-    flat.getexif()[0x0112] = orientation
-    assert (pixels == np.array(ImageOps.exif_transpose(flat))).all()
-    assert decoded_size(content, "x") == pixels.shape[:2]
+    for orientation in (0, 2, 6, 7, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        content = encode(image, kind, exif=exif)
+        pixels = decode(content, "x")
+        flat = Image.fromarray(decode(encode(image, kind), "x"))
+        flat.getexif()[0x0112] = orientation
+        assert (pixels == np.array(ImageOps.exif_transpose(flat))).all()
+        assert decoded_size(content, "x") == pixels.shape[:2]
 
 
 def test_grey_16_bit_black_and_white_and_cmyk_images_are_decoded():
@@ -115,22 +113,21 @@ def make_png_header_of_size(side: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + make_chunk(b"IDAT", zlib.compress(b"")) + make_chunk(b"IEND", b"")
 
 
-def make_png_with_text(kind: bytes, text: bytes, last: bool) -> bytes:
-    """Return a PNG of the pixels RGB, rotated by EXIF, with a chunk `kind` of `text` before or after its pixels."""
+def make_png_with_text(kind: bytes, text: bytes) -> bytes:
+    """Return a PNG of the pixels RGB, rotated by EXIF, with a chunk `kind` of `text` before and after its pixels."""
     head = {b"zTXt": b"note\0\0", b"iCCP": b"note\0\0", b"iTXt": b"note\0\1\0\0\0", b"tEXt": b"note\0"}[kind]
-    chunk = make_chunk(kind, head + (text if kind == b"tEXt" else zlib.compress(text)))
+    chunk = make_chunk(kind, head + (text if kind == b"tEXt" else zlib.compress(text, 1)))
     exif = Image.Exif()
     exif[0x0112] = 6
     content = encode(Image.fromarray(RGB), exif=exif)
-    position = len(content) - 12 if last else content.index(b"IDAT") - 4
-    return content[:position] + chunk + content[position:]
+    position = content.index(b"IDAT") - 4
+    return content[:position] + chunk + content[position:-12] + chunk + content[-12:]
 
 
-@pytest.mark.parametrize("last", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("kind", [b"iCCP", b"zTXt", b"iTXt", b"tEXt"])
-def test_long_png_texts_and_profiles_neither_change_pixels_nor_use_memory(kind, last):
+def test_long_png_texts_and_profiles_neither_change_pixels_nor_use_memory(kind):
     for size in (100, 2**25):
-        content = make_png_with_text(kind, bytes(size), last)
+        content = make_png_with_text(kind, bytes(size))
         tracemalloc.start()
         assert decoded_size(content, "x") == (30, 20)
         assert (decode(content, "x") == np.rot90(RGB, -1)).all()
@@ -140,7 +137,7 @@ def test_long_png_texts_and_profiles_neither_change_pixels_nor_use_memory(kind, 
 
 
 def test_many_short_png_texts_are_ignored():
-    content = make_png_with_text(b"zTXt", bytes(10), last=False)
+    content = make_png_with_text(b"zTXt", bytes(10))
     position = content.index(b"zTXt") - 4
     chunk = make_chunk(b"zTXt", b"note\0\0" + zlib.compress(bytes(2**20 - 100)))
     assert (decode(content[:position] + 70 * chunk + content[position:], "x") == np.rot90(RGB, -1)).all()

@@ -1,5 +1,3 @@
-"""Rank, hosts and process count from the environment, and the errors for invalid values."""
-
 import json
 from pathlib import Path
 

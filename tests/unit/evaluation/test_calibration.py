@@ -1,5 +1,3 @@
-"""Calibration: fits of known temperatures, and calibration errors against sums over rows."""
-
 import numpy as np
 import pytest
 

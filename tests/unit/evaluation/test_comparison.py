@@ -1,5 +1,3 @@
-"""Agreement and correlation of experiments, and the page that shows them."""
-
 from dataclasses import replace
 from math import comb
 

@@ -1,5 +1,3 @@
-"""Reading and finding ground truth in its usual forms, and scoring answers with it."""
-
 import unicodedata
 
 import numpy as np
@@ -18,12 +16,10 @@ from fivefold.predictions import Predictions
         ("label,class\nx,cat\n", {"x": "cat"}),
         ('id,answer\n"a,b", cat \n\n', {"a,b": "cat"}),
         (f"id,label\n1,{unicodedata.normalize('NFD', '가방')}\n", {"1": "가방"}),
-        (",ID,label\n0,3,dog\n1,0,cat\n", {"3": "dog", "0": "cat"}),
         ("Unnamed: 0,photo,label\n0,3,dog\n1,0,cat\n", {"3": "dog", "0": "cat"}),
         (",label\n3,dog\n0,cat\n", {"3": "dog", "0": "cat"}),
         ("label,Id\ndog,3\ncat,0\n", {"3": "dog", "0": "cat"}),
         ("id,fold,Class\n0,1,dog\n", {"0": "dog"}),
-        ("id,fold,class_name\n0,1,dog\n", {"0": "dog"}),
         ("id,category,label\n0,animal,dog\n", {"0": "dog"}),
         ("photo,breed\n0,dog\n", {"0": "dog"}),
         ("\ufeffID;label\r\n007;cat, wild\r\n", {"007": "cat, wild"}),

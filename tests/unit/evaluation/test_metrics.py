@@ -1,5 +1,3 @@
-"""Scores against values computed by hand and by scikit-learn, and intervals."""
-
 import numpy as np
 import pytest
 from sklearn.metrics import log_loss, top_k_accuracy_score

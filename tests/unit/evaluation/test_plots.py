@@ -1,5 +1,3 @@
-"""Plots: complete PNG files of legible size for all shapes of data, without a warning."""
-
 from io import BytesIO
 from pathlib import Path
 

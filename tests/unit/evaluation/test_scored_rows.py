@@ -1,5 +1,3 @@
-"""Scored rows and their tables, against values computed by hand."""
-
 import csv
 from dataclasses import replace
 

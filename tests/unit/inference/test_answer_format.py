@@ -1,5 +1,3 @@
-"""The format of a sample's single column: detected from its values, its name and the classes, or set explicitly."""
-
 from pathlib import Path
 
 import numpy as np
@@ -13,20 +11,19 @@ from fivefold.predictions import Predictions
 from toy_data import read_cells
 
 BINARY, PETS, NUMBERS = ("0", "1"), ("cat", "dog"), ("0", "1", "2", "3")
+ANIMALS = ("ant", "bee", "cat", "dog")
 PROBABILITIES = np.array([[0.9, 0.1], [0.2, 0.8]])
+FOUR_PROBABILITIES = np.array([[0.1, 0.7, 0.1, 0.1], [0.1, 0.1, 0.1, 0.7]])
 
 
 def make_sample(column: str, *values: str, **settings: str) -> SampleSubmission:
     return SampleSubmission("id", (column,), np.array(["a", "b"], object), values=values, **settings)
 
 
-def write_and_read_column(
-    tmp_path: Path, sample: SampleSubmission, classes: tuple[str, ...], probabilities: np.ndarray = PROBABILITIES
-) -> list[str]:
-    """Write a submission of two rows with `probabilities` and return the values of its column."""
-    predictions = Predictions(
-        sample.ids, np.full(2, -1, np.int16), "s", classes, np.log(probabilities).astype(np.float32)
-    )
+def write_and_read_column(tmp_path: Path, sample: SampleSubmission, classes: tuple[str, ...]) -> list[str]:
+    """Write a submission of two rows and return the values of its column."""
+    log_probs = np.log(PROBABILITIES if len(classes) == 2 else FOUR_PROBABILITIES).astype(np.float32)
+    predictions = Predictions(sample.ids, np.full(2, -1, np.int16), "s", classes, log_probs)
     return [row[1] for row in read_cells(write_submission(tmp_path / "s.csv", predictions, sample))[1:]]
 
 
@@ -70,24 +67,14 @@ def test_fractions_select_the_probability_of_the_positive_class(tmp_path, column
         ("label", ["0"], ("no", "yes"), ["0", "1"]),
         ("label", ["0"], ("hotdog", "not hotdog"), ["1", "0"]),
         ("label", [], PETS, ["cat", "dog"]),
+        ("label", ["0", "3"], NUMBERS, ["1", "3"]),
+        ("label", ["0.0"], NUMBERS, ["1.0", "3.0"]),
+        ("label", ["0", "2"], ANIMALS, ["1", "3"]),
+        ("label", ["bee"], ANIMALS, ["bee", "dog"]),
     ],
 )
 def test_names_and_whole_numbers_select_the_predicted_class(tmp_path, column, values, classes, expected):
     assert write_and_read_column(tmp_path, make_sample(column, *values), classes) == expected
-
-
-@pytest.mark.parametrize(
-    ("values", "classes", "expected"),
-    [
-        (["0", "3"], NUMBERS, ["1", "3"]),
-        (["0.0"], NUMBERS, ["1.0", "3.0"]),
-        (["0", "2"], ("ant", "bee", "cat", "dog"), ["1", "3"]),
-        (["bee"], ("ant", "bee", "cat", "dog"), ["bee", "dog"]),
-    ],
-)
-def test_more_than_two_classes_are_written_by_name_or_number(tmp_path, values, classes, expected):
-    probabilities = np.array([[0.1, 0.7, 0.1, 0.1], [0.1, 0.1, 0.1, 0.7]])
-    assert write_and_read_column(tmp_path, make_sample("label", *values), classes, probabilities) == expected
 
 
 @pytest.mark.parametrize(

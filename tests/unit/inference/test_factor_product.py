@@ -1,5 +1,3 @@
-"""Systems that predict different factors combined into one: hand-computed class codes, and systems that cannot be combined."""
-
 from itertools import product as cartesian_product
 from pathlib import Path
 

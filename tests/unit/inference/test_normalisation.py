@@ -1,5 +1,3 @@
-"""Normalised images: one formula everywhere, identical bits in every memory format."""
-
 import pytest
 import torch
 

@@ -1,5 +1,3 @@
-"""Test-time augmentation: each view equals torchvision or hand-moved pixels, with identical bits on every call."""
-
 import numpy as np
 import pytest
 import torch

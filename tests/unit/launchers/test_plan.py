@@ -1,5 +1,3 @@
-"""The plan of a run: its steps, their environments, and the optional parts of a request."""
-
 import re
 from pathlib import Path
 
@@ -96,9 +94,7 @@ def test_plan_without_test_images_has_no_ensemble_and_a_holdout_scores_the_stude
         (Inputs(train="t", eval="e", truth_unknown=True), [], ["ensemble-student", "evaluate-student"]),
     ],
 )
-def test_student_is_evaluated_if_rows_may_have_labels(
-    inputs: Inputs, overrides: list[str], student_steps: list[str]
-) -> None:
+def test_student_is_evaluated_if_rows_may_have_labels(inputs, overrides, student_steps):
     plan = make_demo_plan(*overrides, inputs=inputs)
     assert step_names(plan) == ["split", *FOLD_NAMES, "ensemble", "evaluate", "distill", *student_steps]
     assert any("evaluate-student" in note for note in plan.notes) == ("evaluate-student" not in student_steps)
@@ -134,9 +130,7 @@ def test_first_seed_has_no_suffix_and_is_the_teacher() -> None:
         (["train-fold", "distill"], [1], ["fold-1", "distill"]),
     ],
 )
-def test_select_keeps_only_the_requested_stages_and_folds(
-    stages: list[str], folds: list[int], expected: list[str]
-) -> None:
+def test_select_keeps_only_the_requested_stages_and_folds(stages, folds, expected):
     plan = select(make_demo_plan(), stages, folds)
     assert step_names(plan) == expected
     for step in plan.steps:

@@ -102,9 +102,7 @@ def test_request_of_a_fold_is_complete() -> None:
         (["sagemaker.network_isolation=false", "sagemaker.stages.split.network_isolation=true"], {*STAGES} - {"split"}),
     ],
 )
-def test_container_has_network_access_only_if_the_stage_downloads_something(
-    overrides: list[str], connected_stages: set[str]
-) -> None:
+def test_container_has_network_access_only_if_the_stage_downloads_something(overrides, connected_stages):
     plan = make_sagemaker_plan("distill.model={backbone='fivefold/small_net'}", *overrides)
     for name, request in validate_requests(plan).items():
         assert request.get("EnableNetworkIsolation", False) is (plan.step(name).stage not in connected_stages), name
@@ -176,9 +174,7 @@ stages = { ensemble = { spot = false } }
 
 
 @pytest.mark.parametrize("recipe", ["demo", "mask_profile:age,smoke", "mine.toml"])
-def test_container_reads_the_settings_of_the_plan_from_the_request(
-    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_container_reads_the_settings_of_the_plan_from_the_request(recipe, tmp_path, monkeypatch):
     """Read the settings as `jobs` reads hyperparameters.json, from strings. A recipe that is not in the image is written out."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.toml").write_text(USER_RECIPE)
@@ -240,9 +236,7 @@ def test_job_names_are_short_enough_and_unique(run: str) -> None:
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_requests_that_sagemaker_would_refuse_raise_an_error_that_names_the_value(
-    path: str, value: Any, expected: str
-) -> None:
+def test_requests_that_sagemaker_would_refuse_raise_an_error_that_names_the_value(path, value, expected):
     request = validate_requests(make_sagemaker_plan("sagemaker.tags={'größe'='3 m'}"))["fold-2"]
     *parents, last = path.split(".")
     part = reduce(dict.__getitem__, parents, request)
@@ -273,9 +267,7 @@ def test_requests_that_sagemaker_would_refuse_raise_an_error_that_names_the_valu
         ("stages={ensemble={output='s3://b'}}", "stages.ensemble.output"),
     ],
 )
-def test_invalid_settings_raise_errors_before_any_file_is_written(
-    override: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_invalid_settings_raise_errors_before_any_file_is_written(override, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = ["platform=sagemaker", "recipe=demo", "run=r", "sagemaker.region=eu-central-1", *REQUIRED_SETTINGS]
     args += [f"{name}={value}" for name, value in vars(INPUTS).items() if value]

@@ -1,5 +1,3 @@
-"""Order, limits and exit codes of steps, on a backend whose steps end as scripted."""
-
 import os
 import signal
 from collections.abc import Mapping, Sequence
@@ -75,9 +73,7 @@ def run(backend: ScriptedBackend, parallel: int = 0) -> int:
         (ScriptedBackend(failures=MAX_FAILED_POLLS - 1), 0, ["a", ["a"], "b", "c", ["b", "c"], "d", "e", ["d", "e"]]),
     ],
 )
-def test_steps_start_in_order_within_the_capacity(
-    capsys: pytest.CaptureFixture[str], backend: ScriptedBackend, parallel: int, log: list[Any]
-) -> None:
+def test_steps_start_in_order_within_the_capacity(capsys, backend, parallel, log):
     failed_polls, is_limited = backend.failures, backend.capacity == 1
     assert (run(backend, parallel), backend.log) == (0, log)
     output = capsys.readouterr().err

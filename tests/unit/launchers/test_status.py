@@ -1,5 +1,3 @@
-"""The status and scores of steps, read from their files and from real processes."""
-
 import json
 import os
 import subprocess
@@ -77,9 +75,7 @@ def test_status_changes_from_waiting_to_running_to_done(plan: Plan) -> None:
         ({"log.txt": "one\ntwo\n\n"}, 137, ("stopped", "two", 137)),
     ],
 )
-def test_failure_shows_its_first_line_or_the_last_line_of_the_log(
-    plan: Plan, files: Any, code: int, expected: Any
-) -> None:
+def test_failure_shows_its_first_line_or_the_last_line_of_the_log(plan, files, code, expected):
     step = plan.step("split")
     record_start(step, os.getpid())
     for name, text in files.items():
@@ -121,9 +117,6 @@ def test_newest_run_is_the_one_planned_last(plan: Plan) -> None:
     assert newest_run(runs) == later.folder
     with pytest.raises(MissingInputError, match="no run below"):
         newest_run(runs / "nowhere")
-
-
-# scores
 
 
 def write_results(plan: Plan, name: str, metrics: dict[str, Any] | None = None) -> None:

@@ -1,5 +1,3 @@
-"""The output of steps on the terminal, and the lines of logs that are read repeatedly."""
-
 from pathlib import Path
 
 import pytest

@@ -1,5 +1,3 @@
-"""Fast convolutions match the outputs and gradients of torch for every geometry and data type."""
-
 import copy
 
 import pytest

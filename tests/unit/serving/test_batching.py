@@ -1,5 +1,3 @@
-"""The thread that runs the model: which requests share a batch, wait or are dropped, and how a failure affects others."""
-
 import asyncio
 import threading
 import time

@@ -1,5 +1,3 @@
-"""Response formats, and requests of any content: the protocol reads them or refuses them with a status and a message."""
-
 import base64
 import json
 import os
@@ -14,7 +12,7 @@ from hypothesis import strategies as st
 from fivefold.serving.protocol import CSV, JSON, RefusedError, is_list, negotiate_type, parse_top, read_list, render
 
 EXAMPLES = settings(
-    max_examples=int(os.environ.get("FIVEFOLD_EXAMPLES", "60")), database=None, deadline=None, derandomize=True,
+    max_examples=int(os.environ.get("FIVEFOLD_EXAMPLES", "40")), database=None, deadline=None, derandomize=True,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 VALUES = st.recursive(

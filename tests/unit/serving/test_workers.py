@@ -1,5 +1,3 @@
-"""Threads that share a pixel limit: the order in which work starts, and cancelled work."""
-
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable

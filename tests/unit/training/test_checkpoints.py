@@ -1,5 +1,3 @@
-"""The files of checkpoints: how many are kept, when they are due, and which contents are rejected."""
-
 import os
 
 import pytest

@@ -1,5 +1,3 @@
-"""Losses and the distillation term match torch, torchvision, scikit-learn and values calculated by hand."""
-
 import numpy as np
 import pytest
 import torch

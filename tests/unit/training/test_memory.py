@@ -1,5 +1,3 @@
-"""Memory estimates match tensors counted by hand, and the measured peak of a process."""
-
 import copy
 import re
 import subprocess

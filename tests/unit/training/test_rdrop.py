@@ -1,5 +1,3 @@
-"""R-Drop: its formula, its reduction, and its warning about networks without dropout."""
-
 import copy
 
 import pytest

@@ -1,5 +1,3 @@
-"""Updates, SAM, averaging, optimisers and schedules match those of torch or reduce to simpler ones."""
-
 import copy
 import math
 from dataclasses import replace

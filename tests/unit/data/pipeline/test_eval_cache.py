@@ -1,5 +1,3 @@
-"""The cache of evaluation images: equal to images read from files, whether in memory, in a file, or without room for either."""
-
 import hashlib
 from pathlib import Path
 

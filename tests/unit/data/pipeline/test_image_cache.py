@@ -1,5 +1,3 @@
-"""The image cache: pixels equal to the files', a single builder, and no unfinished cache that looks finished."""
-
 import hashlib
 import json
 import os

@@ -1,5 +1,3 @@
-"""Samplers: the rows of an epoch depend only on (seed, epoch)."""
-
 import numpy as np
 import pytest
 import torch

@@ -1,5 +1,3 @@
-"""Evaluation images and sample submissions: spelling, rows, columns and line endings."""
-
 import unicodedata
 from pathlib import Path
 

@@ -1,5 +1,3 @@
-"""Every file of a channel is a used image, or is counted with the reason why it is ignored."""
-
 import logging
 import os
 from collections.abc import Callable, Iterator

@@ -1,5 +1,3 @@
-"""Rows of product tables: several images per cell, one class per column, one group per product."""
-
 from collections import Counter
 from pathlib import Path
 

@@ -1,5 +1,3 @@
-"""Folders of photographs of people: the class and person of each image, and the folders that are rejected."""
-
 import json
 from collections import Counter
 from collections.abc import Sequence

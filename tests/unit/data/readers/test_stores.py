@@ -1,5 +1,3 @@
-"""Folder and zip stores: comparison with plain file access, and zips that must be rejected."""
-
 import os
 import re
 import stat
@@ -64,7 +62,7 @@ def test_names_outside_the_root_and_missing_files_are_rejected(store: ImageStore
 
 
 def test_threads_and_forked_workers_read_the_same_bytes(store: ImageStore) -> None:
-    names = store.names() * 20
+    names = store.names() * 5
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(store.read, names)) == [FILES[name] for name in names]
     with get_context("fork").Pool(2) as workers:

@@ -1,5 +1,3 @@
-"""Training rows from layouts on disk: the recognised layouts, and the errors for all others."""
-
 import logging
 from pathlib import Path
 

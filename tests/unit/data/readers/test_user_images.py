@@ -1,5 +1,3 @@
-"""Images from users and their true classes, in the spelling of the user."""
-
 import unicodedata
 from pathlib import Path
 

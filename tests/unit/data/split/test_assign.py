@@ -1,5 +1,3 @@
-"""Splits: comparison with scikit-learn, and properties of every split."""
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,5 +1,3 @@
-"""The fold table: writing and reading, and errors that name the invalid column."""
-
 from dataclasses import replace
 from pathlib import Path
 
