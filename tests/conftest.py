@@ -4,10 +4,12 @@ import logging
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
+from botocore.loaders import create_loader
 from PIL import Image
 
 from s3_server import Bucket, run_server
@@ -50,8 +52,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
-    """The endpoint of a real server for S3's protocol; all tests of a process share it."""
-    with run_server() as endpoint:
+    """The endpoint of a real server for S3's protocol; all tests of a process share it, and one parsed copy of AWS's models."""
+    with run_server() as endpoint, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("botocore.session.create_loader", cache(create_loader))
         yield endpoint
 
 

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """A stand-in for kubectl and its cluster: it stores objects in a folder, and pods follow the script in that folder.
 
 `script.json` holds a list of attempts for each Job and index: {"fivefold-r-train-folds": {"1": [{"code": 75}, {"code": 0}]}}.
@@ -216,10 +215,8 @@ def pod_status(attempt: dict, age: int, go: bool) -> tuple[dict, int | None]:
     if waits := attempt.get("waits"):
         unscheduled = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": waits}
         return {"phase": "Pending", "conditions": [unscheduled]}, None
-    if age <= 1:
-        return {"phase": "Pending"}, None
     lines = len(attempt.get("log", "").splitlines()) if attempt.get("cut") else 0
-    if age <= 2 + lines or (attempt.get("forever") and not go):
+    if age <= 1 + lines or (attempt.get("forever") and not go):
         return {"phase": "Running", "containerStatuses": [{"name": "fivefold", "state": {"running": {}}}]}, None
     code, message = attempt["code"], attempt.get("message", "")
     if code is None:
@@ -238,7 +235,7 @@ def logs(folder: Path, arguments: list[str]) -> None:
     require_permission(folder, "pods/log", "get")
     pod = json.loads((folder / f"pod-{arguments[0]}.json").read_text())
     if pod["cut"] and pod["status"]["phase"] == "Running":
-        print("\n".join(pod["log"].splitlines()[: pod["age"] - 1]), flush=True)
+        print("\n".join(pod["log"].splitlines()[: pod["age"]]), flush=True)
         if pod["age"] % 2:
             raise RefusedError("error: http2: client connection lost")
     else:
@@ -256,7 +253,3 @@ def write(path: Path, manifest: dict) -> None:
 
 
 VERBS = {"get": get, "apply": apply, "replace": replace, "logs": logs}
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

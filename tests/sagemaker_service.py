@@ -247,7 +247,7 @@ def arguments(bucket: Bucket, folder: Path, *more: str) -> list[str]:
     """Return arguments of `submit` for jobs with outputs in `bucket` and a run in `folder`/runs."""
     keys = ["platform=sagemaker", "run=r", f"runs={folder / 'runs'}", f"sagemaker.output=s3://{bucket.name}/runs"]
     keys += [f"sagemaker.image={IMAGE}", f"sagemaker.role={ROLE}", "sagemaker.instance_type=ml.m5.large"]
-    return [*keys, "sagemaker.poll_seconds=0.2", *more]
+    return [*keys, "sagemaker.poll_seconds=0.1", *more]
 
 
 @contextmanager

@@ -185,6 +185,7 @@ class DriftingNetwork(nn.Module):
         return images.mean(dim=(2, 3)) * 0 + images.new_tensor([next(self.calls), 0.0, 0.0])
 
 
+@pytest.mark.slow
 def test_graph_that_differs_from_the_networks_is_not_kept(model_root, tmp_path):
     model = load_model(open_model_dir(model_root / "student"), {"tta": ["plain"]})
     ensemble = EnsemblePredictor(

@@ -3,13 +3,11 @@
 import os
 import signal
 import subprocess
-import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from fivefold.contract.files import read_json
 from fivefold.errors import MissingInputError, RetryableError, SettingsError
@@ -18,16 +16,14 @@ from fivefold.launchers.plan import Inputs, Plan, Step, make_plan, select
 from fivefold.launchers.scheduler import Scheduler
 from fivefold.launchers.status import STATE, read_status, running_pid
 from fivefold.system import GLIBC_TUNABLES
-from reference_run import REPOSITORY, wait_until
+from jobs.__main__ import run
+from reference_run import start_submit, wait_until
+from toy_data import noise_in
 
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """Write six different grey images for each of two classes."""
-    for number in range(12):
-        path = tmp_path / "train" / "ab"[number % 2] / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("L", (4, 4), number * 20).save(path)
+    noise_in(tmp_path / "train", ("a", "b"), 6)
     return tmp_path / "train"
 
 
@@ -37,13 +33,6 @@ def make_image_plan(images: Path, *stages: str) -> Plan:
     return select(plan, stages)
 
 
-def start_submit(images: Path, **options: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "jobs", "submit", f"train={images}", f"runs={images.parent / 'runs'}"]
-    command += ["run=r", "stages=split", "split.folds=3"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=REPOSITORY, **{**pipes, **options})
-
-
 SLEEP_HOOK = """
 import os, signal, time
 if "SM_OUTPUT_DIR" in os.environ:
@@ -51,13 +40,7 @@ if "SM_OUTPUT_DIR" in os.environ:
     print("asleep", flush=True)
     time.sleep(60)
 """
-
-
-def sleeping_step_environment(folder: Path) -> dict[str, str]:
-    """Return an environment in which a step's process ignores SIGINT and sleeps until it is stopped."""
-    folder.mkdir()
-    (folder / "sitecustomize.py").write_text(SLEEP_HOOK)
-    return {**os.environ, "PYTHONPATH": str(folder)}
+"""A sitecustomize.py with which a step ignores SIGINT and sleeps until it is stopped."""
 
 
 def test_step_environment_drops_user_variables_that_configure_a_stage() -> None:
@@ -138,20 +121,20 @@ def test_labels_are_unpacked_from_a_zip_only_at_the_start_and_never_replace_user
     assert user_file.read_text() == "mine"
 
 
-def test_finished_step_has_its_files_and_is_skipped_by_the_next_launch(
+def test_finished_step_is_skipped_and_its_output_is_logged_and_shown(
     images: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     plan = make_image_plan(images, "split")
-    assert local.launch(plan) == local.launch(plan) == 0
     step = plan.step("split")
-    assert (step.folder / "output" / "folds.parquet").is_file()
+    assert run("split", step.arguments, step.environment) == 0
+    capfd.readouterr()
+    assert local.launch(plan) == 0
     assert read_status(step).state == "done"
     assert read_json(step.folder / STATE)["exit_code"] == 0
-    log = (step.folder / "log.txt").read_text().splitlines()
-    assert [line[24:] for line in log if line.startswith("--- ")] == ["split split.folds=3"] * 2
+    title, *log = (step.folder / "log.txt").read_text().splitlines()
+    assert title[24:] == "split split.folds=3"
     assert sum("nothing to do" in line for line in log) == 1
-    output = capfd.readouterr().err.splitlines()
-    assert output == [f"[split] {line}" for line in log if not line.startswith("--- ")]
+    assert capfd.readouterr().err.splitlines() == [f"[split] {line}" for line in log]
 
 
 def test_new_lines_of_a_log_are_complete_and_of_a_progress_bar_the_last_state(tmp_path: Path) -> None:
@@ -194,7 +177,9 @@ def test_signal_is_forwarded_to_steps_and_a_second_one_kills_them(
 ) -> None:
     step = make_image_plan(images, "split").step("split")
     log = step.folder / "log.txt"
-    process = start_submit(images, env=sleeping_step_environment(tmp_path / "hook"))
+    (tmp_path / "sitecustomize.py").write_text(SLEEP_HOOK)
+    keys = [f"train={images}", f"runs={tmp_path}/runs", "run=r", "stages=split", "split.folds=3"]
+    process = start_submit(*keys, PYTHONPATH=str(tmp_path))
     try:
         wait_until(lambda: log.is_file() and "asleep" in log.read_text())
         assert read_status(step).state == "running"
