@@ -63,7 +63,7 @@ def project(tmp_path: Path, digits: Path):
 
 
 @pytest.mark.docker
-def test_each_stage_is_a_service_that_takes_stage_arguments(image, project: Project, local_run: Path):
+def test_each_stage_is_a_service_that_takes_stage_arguments(image, project, local_run):
     project(OLD, "run", "--rm", "split")
     project(NEW, "run", "--rm", "train-fold", "FOLD=2")
     project(OLD, "run", "--rm", "-e", "FOLD=3", "train-fold")
@@ -73,7 +73,7 @@ def test_each_stage_is_a_service_that_takes_stage_arguments(image, project: Proj
 
 
 @pytest.mark.docker
-def test_pipeline_runs_stages_in_order_and_folds_in_parallel(image, project: Project, local_run: Path):
+def test_pipeline_runs_stages_in_order_and_folds_in_parallel(image, project, local_run):
     project(NEW, "--profile", "pipeline", "up")
     assert differing(project.runs / "first", local_run) == []
     steps = ("split", "fold-0", "fold-4", "ensemble", "evaluate-student")
@@ -86,9 +86,7 @@ def test_pipeline_runs_stages_in_order_and_folds_in_parallel(image, project: Pro
 
 
 @pytest.mark.docker
-def test_serve_predicts_like_the_student_and_exits_with_143_when_stopped(
-    image, project: Project, local_run: Path, digits: Path
-):
+def test_serve_predicts_like_the_student_and_exits_with_143_when_stopped(image, project, local_run, digits):
     shutil.copytree(local_run, project.runs / "first")
     with open(project.folder / ".env", "a") as file:
         file.write("PORT=0\n")
@@ -122,7 +120,7 @@ def get_status(url: str) -> int:
 
 
 @pytest.mark.docker
-def test_failed_fold_stops_dependent_services_only(image, project: Project):
+def test_failed_fold_stops_dependent_services_only(image, project):
     """The split has three folds; the services of folds 3 and 4 fail. Another test starts the pipeline with Compose 2."""
     with open(project.folder / ".env", "a") as file:
         file.write(f"SETTINGS={json.dumps({**SETTINGS, 'train.epochs': 1, 'split.folds': 3})}\n")
@@ -137,7 +135,7 @@ def test_failed_fold_stops_dependent_services_only(image, project: Project):
 
 
 @pytest.mark.docker
-def test_missing_runs_folder_is_named_in_the_error(image, project: Project):
+def test_missing_runs_folder_is_named_in_the_error(image, project):
     with open(project.folder / ".env", "a") as file:
         file.write("RUNS=./nowhere\n")
     for tool in (NEW, OLD):
@@ -149,7 +147,7 @@ def test_missing_runs_folder_is_named_in_the_error(image, project: Project):
 
 @pytest.mark.docker
 @pytest.mark.parametrize("tool", [NEW, OLD], ids=["2", "1.29"])
-def test_compose_gpu_file_gives_each_fold_its_own_gpu(project: Project, tool):
+def test_compose_gpu_file_gives_each_fold_its_own_gpu(project, tool):
     config = project(tool, "-f", "compose.yaml", "-f", "compose.gpu.yaml", "--profile", "pipeline", "config").stdout
     services = yaml.safe_load(config)["services"]
     gpus = {

@@ -75,9 +75,7 @@ def run_python(python: Path | str, code: str, folder: Path, **variables: str) ->
 
 
 @pytest.mark.parametrize("statement", ["import ModelTrainer", "import Estimator"])
-def test_printed_launch_trains_the_same_fold_as_the_local_run(
-    statement: str, digits: Path, small_run: Path, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_printed_launch_trains_the_same_fold_as_the_local_run(statement, digits, small_run, tmp_path, request):
     is_v2 = statement == "import Estimator"
     python = request.getfixturevalue("python_of_v2") if is_v2 else sys.executable
     variables = {"AWS_DEFAULT_REGION": "eu-central-1"} if is_v2 else {}

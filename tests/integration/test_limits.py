@@ -13,7 +13,7 @@ SYSTEMS, CLASSES, ROWS = 5, 100, 100_000
 
 
 @pytest.mark.slow
-def test_blend_of_five_large_tables_takes_60_seconds_and_2_gb(tmp_path: Path) -> None:
+def test_blend_of_five_large_tables_takes_60_seconds_and_2_gb(tmp_path):
     (tmp_path / "systems").mkdir()
     for number in range(SYSTEMS):
         logits = np.random.default_rng(number).standard_normal((ROWS, CLASSES), np.float32) * 2

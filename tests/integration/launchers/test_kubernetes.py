@@ -112,7 +112,7 @@ def launch(cluster: FakeCluster, *overrides: str, **options: Any) -> int:
     return kubernetes.launch(make_demo_plan(cluster, *overrides, **options))
 
 
-def test_all_steps_run_in_order(cluster: FakeCluster, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_steps_run_in_order(cluster, capsys):
     cluster.script_pods(train_folds={"1": [{"code": 0, "log": "epoch 1 of 3\nepoch 2 of 3"}]})
     plan = make_demo_plan(cluster, stages=(), eval_="/data/eval")
     assert kubernetes.launch(plan) == 0
@@ -154,9 +154,7 @@ LOG_TAIL = "s/s, 39 s left\n16:20:01 INFO    fold 1: epoch 3\n16:20:16 INFO    f
         ("split", [{"code": 143, "message": "39 s left\r\n SIGTERM: stops\n"}], 75, "0-0, stopped: exit code 143: SIG"),
     ],
 )
-def test_failed_pod_is_reported_with_its_last_message(
-    cluster: FakeCluster, capsys: pytest.CaptureFixture[str], job: str, tries: list[Any], code: int, message: str
-) -> None:
+def test_failed_pod_is_reported_with_its_last_message(cluster, capsys, job, tries, code, message):
     cluster.script_pods(**{job: {"1" if job == "train_folds" else "0": tries}})
     assert launch(cluster) == code
     assert message in capsys.readouterr().err
@@ -164,9 +162,7 @@ def test_failed_pod_is_reported_with_its_last_message(
         assert set(cluster.jobs()) == ({"split", "train-folds"} if job == "train_folds" else {"split"})
 
 
-def test_drained_pod_is_replaced_and_not_reported_as_failed(
-    cluster: FakeCluster, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_drained_pod_is_replaced_and_not_reported_as_failed(cluster, capsys):
     drained = {"code": 137, "drained": True, "message": LOG_TAIL}
     cluster.script_pods(train_folds={"1": [drained] * 3 + [{"code": 0}]})
     assert launch(cluster) == 0
@@ -183,13 +179,8 @@ def test_drained_pod_is_replaced_and_not_reported_as_failed(
     ],
 )
 def test_pod_out_of_memory_reports_its_limit_and_is_not_retried(
-    cluster: FakeCluster,
-    capsys: pytest.CaptureFixture[str],
-    code: int,
-    limit_range: str | None,
-    overrides: list[str],
-    reported_limit: str,
-) -> None:
+    cluster, capsys, code, limit_range, overrides, reported_limit
+):
     pod = {"code": code, "reason": "OOMKilled", "message": LOG_TAIL, "limit_range": limit_range}
     cluster.script_pods(split={"0": [pod]})
     assert launch(cluster, *overrides) == 137
@@ -197,7 +188,7 @@ def test_pod_out_of_memory_reports_its_limit_and_is_not_retried(
     assert (len(list(cluster.folder.glob("pod-*"))) == 1) == (code == 137)
 
 
-def test_same_command_reruns_only_failed_jobs_and_jobs_with_changed_settings(cluster: FakeCluster) -> None:
+def test_same_command_reruns_only_failed_jobs_and_jobs_with_changed_settings(cluster):
     cluster.script_pods(train_folds={"0": [{"code": 65}]})
     assert launch(cluster) == 65
     first = cluster.uids()
@@ -214,9 +205,7 @@ def test_same_command_reruns_only_failed_jobs_and_jobs_with_changed_settings(clu
     assert cluster.uids() == third, "all jobs are done"
 
 
-def test_signal_stops_following_the_jobs_but_not_the_jobs(
-    cluster: FakeCluster, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_signal_stops_following_the_jobs_but_not_the_jobs(cluster, capsys):
     endless_pod, memory = {"code": 0, "forever": True}, "kubernetes.memory=1024Mi"
     cluster.script_pods(train_folds={"0": [{"code": 0, "log": "a\na\nb"}], "1": [endless_pod], "2": [endless_pod]})
     logs = {"fold-0": ["a", "a", "b"], "fold-1": ["works"], "fold-2": ["works"]}
@@ -244,7 +233,7 @@ def test_signal_stops_following_the_jobs_but_not_the_jobs(
     assert {name: cluster.log(name) for name in logs} == logs
 
 
-def test_repeatedly_cut_off_log_contains_each_line_once(cluster: FakeCluster) -> None:
+def test_repeatedly_cut_off_log_contains_each_line_once(cluster):
     lines = [f"epoch {number}" for number in (1, 2, 2, 3)]
     cluster.script_pods(train_folds={"1": [{"code": 0, "log": "\n".join(lines), "cut": True}]})
     assert launch(cluster) == 0
@@ -252,9 +241,7 @@ def test_repeatedly_cut_off_log_contains_each_line_once(cluster: FakeCluster) ->
     assert cluster.log("fold-1") == lines
 
 
-def test_pending_reason_is_logged_once_and_a_deleted_job_is_a_failure(
-    cluster: FakeCluster, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_pending_reason_is_logged_once_and_a_deleted_job_is_a_failure(cluster, capsys):
     reason = "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."
     cluster.script_pods(split={"0": [{"code": 0, "waits": reason}]})
     delete_jobs = (cluster.folder / "delete-jobs").touch
@@ -275,9 +262,7 @@ POD_CREATION_ERRORS = [
     ("job", "max_pods", "message"),
     [("split", 0, POD_CREATION_ERRORS[0]), ("train_folds", 2, POD_CREATION_ERRORS[1])],
 )
-def test_reason_for_missing_pods_is_logged_once(
-    cluster: FakeCluster, capsys: pytest.CaptureFixture[str], job: str, max_pods: int, message: str
-) -> None:
+def test_reason_for_missing_pods_is_logged_once(cluster, capsys, job, max_pods, message):
     cluster.block_pods(**{job: (max_pods, message)})
     with act_when(lambda: len(cluster.calls("events")) > 3, cluster.allow_pods):
         assert launch(cluster) == 0
@@ -288,9 +273,7 @@ def test_reason_for_missing_pods_is_logged_once(
     assert len(re.findall(f"(?m)^{expected}$", output)) == output.count(" waits: ") == 1, output
 
 
-def test_missing_permission_to_list_events_is_logged_once(
-    cluster: FakeCluster, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_missing_permission_to_list_events_is_logged_once(cluster, capsys):
     cluster.grant([rule for rule in ROLE if rule["resources"] != ["events"]])
     cluster.block_pods(split=(0, POD_CREATION_ERRORS[0]))
     with act_when(lambda: len(cluster.calls("events")) > 2, cluster.allow_pods):
@@ -317,16 +300,14 @@ UNREACHABLE_MESSAGES = [
 
 
 @pytest.mark.parametrize("message", UNREACHABLE_MESSAGES)
-def test_kubectl_errors_of_an_unreachable_cluster_are_retryable(cluster: FakeCluster, message: str) -> None:
+def test_kubectl_errors_of_an_unreachable_cluster_are_retryable(cluster, message):
     cluster.set_outage(1, 1, message)
     with pytest.raises(RetryableError, match=re.escape(message.removeprefix(KUBECTL_LOG))):
         Kubectl().items("jobs", "a=b")
 
 
 @pytest.mark.parametrize("first_call", [1, 3, 5])
-def test_temporarily_unreachable_cluster_is_retried(
-    cluster: FakeCluster, capsys: pytest.CaptureFixture[str], first_call: int
-) -> None:
+def test_temporarily_unreachable_cluster_is_retried(cluster, capsys, first_call):
     """The outage starts when submit lists objects, creates the claim, or first lists pods."""
     cluster.set_outage(first_call, first_call + 2)
     assert launch(cluster, stages=("split",)) == 0
@@ -334,9 +315,7 @@ def test_temporarily_unreachable_cluster_is_retried(
     assert output.count(" again\n") == output.count("fivefold-r-split: applied") == output.count("split: done") == 1
 
 
-def test_cluster_that_stays_unreachable_raises_a_retryable_error(
-    cluster: FakeCluster, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cluster_that_stays_unreachable_raises_a_retryable_error(cluster, capsys, monkeypatch):
     monkeypatch.setattr(scheduler, "MAX_FAILED_POLLS", 3)
     for first_call in (1, 9):
         cluster.set_outage(first_call, 999)
@@ -347,7 +326,7 @@ def test_cluster_that_stays_unreachable_raises_a_retryable_error(
     assert set(cluster.jobs()) == {"split"}
 
 
-def test_ctrl_c_interrupts_submit_while_the_cluster_is_unreachable(cluster: FakeCluster) -> None:
+def test_ctrl_c_interrupts_submit_while_the_cluster_is_unreachable(cluster):
     cluster.set_outage(1, 999)
     start = time.monotonic()
     with act_when(lambda: cluster.calls("get"), interrupt):
@@ -366,15 +345,13 @@ def test_ctrl_c_interrupts_submit_while_the_cluster_is_unreachable(cluster: Fake
         "be less than or equal to memory limit of 2Gi",
     ],
 )
-def test_requests_that_the_cluster_refuses_raise_settings_errors(cluster: FakeCluster, message: str) -> None:
+def test_requests_that_the_cluster_refuses_raise_settings_errors(cluster, message):
     cluster.set_outage(1, 1, message)
     with pytest.raises(SettingsError, match=re.escape(message)):
         Kubectl().apply({})
 
 
-def test_forbidden_actions_and_a_missing_kubectl_raise_settings_errors(
-    cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_forbidden_actions_and_a_missing_kubectl_raise_settings_errors(cluster, monkeypatch):
     cluster.grant([{**rule, "verbs": [verb for verb in rule["verbs"] if verb != "create"]} for rule in ROLE])
     with pytest.raises(SettingsError, match=r"kubectl apply was refused.*cannot create resource"):
         launch(cluster)
@@ -383,7 +360,7 @@ def test_forbidden_actions_and_a_missing_kubectl_raise_settings_errors(
         launch(cluster)
 
 
-def test_submit_role_grants_only_permissions_that_are_used(cluster: FakeCluster) -> None:
+def test_submit_role_grants_only_permissions_that_are_used(cluster):
     cluster.script_pods(split={"0": [{"code": 65}]})
     cluster.block_pods(split=(0, POD_CREATION_ERRORS[0]))
     with act_when(lambda: cluster.calls("events"), cluster.allow_pods):
@@ -399,9 +376,7 @@ def test_submit_role_grants_only_permissions_that_are_used(cluster: FakeCluster)
     "override",
     ["kubernetes.memory=2Gi", "kubernetes.service_account=me", "train.epochs=4"],
 )
-def test_job_that_has_not_started_is_replaced_if_its_resources_change(
-    cluster: FakeCluster, capsys: pytest.CaptureFixture[str], override: str
-) -> None:
+def test_job_that_has_not_started_is_replaced_if_its_resources_change(cluster, capsys, override):
     cluster.script_pods(split={"0": [{"code": 0, "waits": "0/3 nodes are available: 3 Insufficient memory."}]})
     memory = "kubernetes.memory=900Gi"
     with act_when(lambda: len(cluster.calls("jobs,pods")) > 1, interrupt):
@@ -414,9 +389,7 @@ def test_job_that_has_not_started_is_replaced_if_its_resources_change(
     assert ("fivefold-r-split had not started" in capsys.readouterr().err) == (override != "train.epochs=4")
 
 
-def test_submit_prints_the_scores_and_the_command_that_copies_the_run(
-    cluster: FakeCluster, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_submit_prints_the_scores_and_the_command_that_copies_the_run(cluster, capsys):
     scores = {"rows": "x", "n": 20, "accuracy": 0.75, "logloss": None, "f1_macro": 0.5, "ece": 0.1}
     printed = json.dumps({"test": scores, "oof": {**scores, "n": 50, "logloss": 0.5}})
     cluster.script_pods(
@@ -437,9 +410,7 @@ def test_submit_prints_the_scores_and_the_command_that_copies_the_run(
     assert copy in output
 
 
-def test_calls_name_namespace_and_context_and_a_claim_is_kept_and_not_needed_for_a_bucket(
-    cluster: FakeCluster,
-) -> None:
+def test_calls_name_namespace_and_context_and_a_claim_is_kept_and_not_needed_for_a_bucket(cluster):
     claim = cluster.folder / "persistentvolumeclaim-fivefold.json"
     claim.write_text("{}")
     assert launch(cluster, "kubernetes.namespace=teams", "kubernetes.context=big", stages=("split",)) == 0
@@ -461,9 +432,7 @@ def test_calls_name_namespace_and_context_and_a_claim_is_kept_and_not_needed_for
         ([f"run={'a' * 60}"], "may have 40 characters"),
     ],
 )
-def test_invalid_requests_raise_errors_before_anything_is_written(
-    cluster: FakeCluster, arguments: list[str], message: str
-) -> None:
+def test_invalid_requests_raise_errors_before_anything_is_written(cluster, arguments, message):
     with pytest.raises(SettingsError, match=message):
         jobs_submit.main([f"runs={cluster.runs}", *REQUEST_ARGUMENTS, *arguments])
     assert not cluster.runs.exists()

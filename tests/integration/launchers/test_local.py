@@ -43,7 +43,7 @@ if "SM_OUTPUT_DIR" in os.environ:
 """A sitecustomize.py with which a step ignores SIGINT and sleeps until it is stopped."""
 
 
-def test_step_environment_drops_user_variables_that_configure_a_stage() -> None:
+def test_step_environment_drops_user_variables_that_configure_a_stage():
     step = Step("fold-0", "train-fold", (), {"SM_MODEL_DIR": "m"}, Path("f"), ())
     user_variables = {"HOME": "/h", "SM_LOG_LEVEL": "30"}
     contract_variables = ["SM_CHANNEL_TRAIN", "SM_HPS", "SM_HP_LR", "FOLD", "fold", "STAGE", "RECIPE", "RUN", "SEED"]
@@ -59,7 +59,7 @@ def test_step_environment_drops_user_variables_that_configure_a_stage() -> None:
     assert local.step_environment(step, {"OMP_NUM_THREADS": "7"}, threads=2)["OMP_NUM_THREADS"] == "7"
 
 
-def test_default_parallelism_is_limited_by_gpus_cores_and_memory(images: Path, monkeypatch) -> None:
+def test_default_parallelism_is_limited_by_gpus_cores_and_memory(images, monkeypatch):
     plan = make_image_plan(images, "split", "train-fold", "ensemble")  # of three folds
     for gpus, cores, memory, expected in (
         (["0", "1"], 64, 1 << 40, 2),
@@ -76,7 +76,7 @@ def test_default_parallelism_is_limited_by_gpus_cores_and_memory(images: Path, m
     assert local.default_parallelism(make_image_plan(images, "split"), []) == 1
 
 
-def test_list_gpus_needs_no_torch(tmp_path: Path) -> None:
+def test_list_gpus_needs_no_torch(tmp_path):
     path = {"PATH": str(tmp_path)}
     for visible, expected in (("2,5", ["2", "5"]), ("", []), ("-1", [])):
         assert local.list_gpus({"CUDA_VISIBLE_DEVICES": visible, **path}) == expected
@@ -87,7 +87,7 @@ def test_list_gpus_needs_no_torch(tmp_path: Path) -> None:
     assert local.list_gpus(path) == ["0", "1"]
 
 
-def test_check_inputs_needs_existing_paths_and_finds_labels_next_to_the_test_table(tmp_path: Path) -> None:
+def test_check_inputs_needs_existing_paths_and_finds_labels_next_to_the_test_table(tmp_path):
     with pytest.raises(MissingInputError, match="unlabeled="):
         local.check_inputs(Inputs(train=str(tmp_path), unlabeled=str(tmp_path / "no")), tmp_path)
     folder, run = tmp_path / "eval", tmp_path / "run"
@@ -101,9 +101,7 @@ def test_check_inputs_needs_existing_paths_and_finds_labels_next_to_the_test_tab
     assert local.check_inputs(replace(inputs, ground_truth=str(folder)), run).ground_truth == str(folder)
 
 
-def test_labels_are_unpacked_from_a_zip_only_at_the_start_and_never_replace_user_files(
-    tmp_path: Path,
-) -> None:
+def test_labels_are_unpacked_from_a_zip_only_at_the_start_and_never_replace_user_files(tmp_path):
     archive, run, user_file = tmp_path / "all.zip", tmp_path / "run", tmp_path / "mine.csv"
     user_file.write_text("mine")
     for label in ("a", "넷"):
@@ -121,9 +119,7 @@ def test_labels_are_unpacked_from_a_zip_only_at_the_start_and_never_replace_user
     assert user_file.read_text() == "mine"
 
 
-def test_finished_step_is_skipped_and_its_output_is_logged_and_shown(
-    images: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_finished_step_is_skipped_and_its_output_is_logged_and_shown(images, capfd):
     plan = make_image_plan(images, "split")
     step = plan.step("split")
     assert run("split", step.arguments, step.environment) == 0
@@ -137,7 +133,7 @@ def test_finished_step_is_skipped_and_its_output_is_logged_and_shown(
     assert capfd.readouterr().err.splitlines() == [f"[split] {line}" for line in log]
 
 
-def test_new_lines_of_a_log_are_complete_and_of_a_progress_bar_the_last_state(tmp_path: Path) -> None:
+def test_new_lines_of_a_log_are_complete_and_of_a_progress_bar_the_last_state(tmp_path):
     with open(tmp_path / "log.txt", "w+b", buffering=0) as written, open(tmp_path / "log.txt", "rb") as log:
         process = local.StepProcess(None, log, "")
         for text, lines in (
@@ -149,9 +145,7 @@ def test_new_lines_of_a_log_are_complete_and_of_a_progress_bar_the_last_state(tm
             assert process.read_new_lines() == lines
 
 
-def test_failed_folds_do_not_stop_each_other_and_each_uses_a_gpu(
-    images: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_failed_folds_do_not_stop_each_other_and_each_uses_a_gpu(images, capfd):
     plan = make_image_plan(images, "train-fold", "ensemble")  # no split has created the folds
     used_gpus: list[str] = []
 
@@ -172,9 +166,7 @@ def test_failed_folds_do_not_stop_each_other_and_each_uses_a_gpu(
 
 
 @pytest.mark.parametrize(("number", "codes"), [(signal.SIGTERM, (143, 143)), (signal.SIGINT, (130, 137))])
-def test_signal_is_forwarded_to_steps_and_a_second_one_kills_them(
-    images: Path, tmp_path: Path, number: int, codes: tuple[int, int]
-) -> None:
+def test_signal_is_forwarded_to_steps_and_a_second_one_kills_them(images, tmp_path, number, codes):
     step = make_image_plan(images, "split").step("split")
     log = step.folder / "log.txt"
     (tmp_path / "sitecustomize.py").write_text(SLEEP_HOOK)
@@ -199,7 +191,7 @@ def test_signal_is_forwarded_to_steps_and_a_second_one_kills_them(
     assert running_pid(step) is None
 
 
-def test_models_of_another_plan_in_the_run_raise_an_error_that_names_them(tmp_path: Path) -> None:
+def test_models_of_another_plan_in_the_run_raise_an_error_that_names_them(tmp_path):
     plan = make_plan(Inputs(train="t"), ["split.folds=2"], run="r", runs=str(tmp_path))
     for name in ("fold-0", "fold-1-seed-43"):
         (tmp_path / "r" / name / "model").mkdir(parents=True)

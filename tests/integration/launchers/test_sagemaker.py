@@ -52,7 +52,7 @@ def run_submit(*args: str) -> tuple[int, str]:
     return code, output.getvalue()
 
 
-def test_job_matches_the_printed_request_runs_and_is_reused(service: Service, bucket: Bucket, tmp_path: Path) -> None:
+def test_job_matches_the_printed_request_runs_and_is_reused(service, bucket, tmp_path):
     args = make_arguments(bucket, tmp_path, "stages=split", "sagemaker.tags={team='vision'}", "sagemaker.spot=true")
     args.append("sagemaker.environment={API_TOKEN='canary'}")
     code, printed = run_submit(*args, "--dry-run")
@@ -95,9 +95,7 @@ def test_job_matches_the_printed_request_runs_and_is_reused(service: Service, bu
     assert len(service.jobs) == 1
 
 
-def test_signal_leaves_the_job_running_and_the_next_submit_follows_it(
-    service: Service, bucket: Bucket, tmp_path: Path
-) -> None:
+def test_signal_leaves_the_job_running_and_the_next_submit_follows_it(service, bucket, tmp_path):
     service.hold = "split"
     args = make_arguments(bucket, tmp_path, "stages=split")
     process = start_submit(*args)
@@ -129,7 +127,7 @@ def test_signal_leaves_the_job_running_and_the_next_submit_follows_it(
 
 
 @pytest.mark.slow
-def test_failure_reports_its_reason_and_its_exit_code(service: Service, bucket: Bucket, tmp_path: Path) -> None:
+def test_failure_reports_its_reason_and_its_exit_code(service, bucket, tmp_path):
     bucket.write("train/a/0.png", b"no image")
     code, output = run_submit(*make_arguments(bucket, tmp_path, "stages=split,train-fold"))
     assert code == DataError.exit_code, output
@@ -149,7 +147,7 @@ def test_failure_reports_its_reason_and_its_exit_code(service: Service, bucket: 
     assert code == 130
 
 
-def test_outputs_of_an_unknown_job_raise_an_error(service: Service, bucket: Bucket, tmp_path: Path) -> None:
+def test_outputs_of_an_unknown_job_raise_an_error(service, bucket, tmp_path):
     key = "runs/r/split/fivefold-r-split-1/output/output.tar.gz"
     bucket.write(key, b"another's")
     code, output = run_submit(*make_arguments(bucket, tmp_path, "stages=split"))
@@ -158,9 +156,7 @@ def test_outputs_of_an_unknown_job_raise_an_error(service: Service, bucket: Buck
     assert not service.jobs
 
 
-def test_error_about_a_refused_value_does_not_contain_the_value(
-    service: Service, bucket: Bucket, tmp_path: Path
-) -> None:
+def test_error_about_a_refused_value_does_not_contain_the_value(service, bucket, tmp_path):
     service.refuses = "canary"
     args = make_arguments(bucket, tmp_path, "stages=split", "sagemaker.environment={API_TOKEN='canary-1234'}")
     code, output = run_submit(*args)
@@ -171,9 +167,7 @@ def test_error_about_a_refused_value_does_not_contain_the_value(
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"canary" in path.read_bytes()]
 
 
-def test_missing_credentials_are_reported_before_anything_starts(
-    service: Service, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_credentials_are_reported_before_anything_starts(service, bucket, tmp_path, monkeypatch):
     monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)  # it may have the credentials of another test
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "")
@@ -194,7 +188,7 @@ def test_missing_credentials_are_reported_before_anything_starts(
         ("Stopped", "MaxRuntimeExceeded", "", RetryableError.exit_code),
     ],
 )
-def test_job_status_maps_to_an_exit_code(status: str, detail: str, reason: str, code: int | None) -> None:
+def test_job_status_maps_to_an_exit_code(status, detail, reason, code):
     assert JobStatus(status, detail, reason).exit_code == code
 
 
@@ -207,9 +201,7 @@ def test_job_status_maps_to_an_exit_code(status: str, detail: str, reason: str, 
         ("ResourceNotFoundException", 400, MissingInputError),
     ],
 )
-def test_service_errors_are_translated_to_fivefold_errors(
-    code: str, status: int, expected: type[FivefoldError]
-) -> None:
+def test_service_errors_are_translated_to_fivefold_errors(code, status, expected):
     response = {"Error": {"Code": code, "Message": "no"}, "ResponseMetadata": {"HTTPStatusCode": status}}
     with pytest.raises(expected, match=f"{code}.*CreateTrainingJob"), translate_errors():
         raise ClientError(response, "CreateTrainingJob")
