@@ -7,17 +7,17 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 import pytest
+import requests
 import yaml
+from requests.adapters import HTTPAdapter
+from urllib3.util.retry import Retry
 
 from docker_helpers import IMAGE, ONE_THREAD, ROOT, SETTINGS, called, differing, docker
 from fivefold.config.loading import arguments_layer, collect_layers, load
 from fivefold.contract.run_layout import CHANNELS
 from jobs.serve import platform_layers
-from reference_run import wait_until
 
 NEW, OLD = ["docker", "compose"], ["docker-compose"]
 PROFILES = "--profile", "pipeline", "--profile", "stage"
@@ -92,11 +92,11 @@ def test_serve_predicts_like_the_student_and_exits_with_143_when_stopped(image, 
         file.write("PORT=0\n")
     project(NEW, "up", "--detach", "serve")
     address = "http://" + project(NEW, "port", "serve", "8080").stdout.strip()
-    wait_until(lambda: get_status(f"{address}/ping") == 200)
+    session = requests.Session()
+    session.mount("http://", HTTPAdapter(max_retries=Retry(60, backoff_factor=0.1, backoff_max=1, status_forcelist=[503])))
+    assert session.get(f"{address}/ping").status_code == 200
     png = (digits / "test" / "TEST_00000.png").read_bytes()
-    request = Request(f"{address}/invocations", png, {"Content-Type": "image/png"})
-    with urlopen(request, timeout=30) as response:
-        prediction = json.load(response)
+    prediction = session.post(f"{address}/invocations", png, headers={"Content-Type": "image/png"}).json()
     with open(local_run / "ensemble-student" / "output" / "submission.csv", encoding="utf-8-sig") as file:
         row = next(csv.DictReader(file))
     expected = {name: float(row[name]) for name in prediction["probabilities"]}
@@ -106,17 +106,6 @@ def test_serve_predicts_like_the_student_and_exits_with_143_when_stopped(image, 
     assert state["State"]["ExitCode"] == 143
     assert address.startswith("http://127.0.0.1:")
     assert state["HostConfig"]["ReadonlyRootfs"]
-
-
-def get_status(url: str) -> int:
-    """Return the status of a GET, or 0 if no server listens yet."""
-    try:
-        with urlopen(url, timeout=5) as response:
-            return response.status
-    except HTTPError as error:
-        return error.code
-    except OSError:
-        return 0
 
 
 @pytest.mark.docker

@@ -1,4 +1,4 @@
-"""The image under `docker run`: signals, unwritable folders, and the image's contents."""
+"""The image under `docker run`: CPU limits, signals, and the image's contents."""
 
 import json
 import re
@@ -32,15 +32,6 @@ def test_cpu_limit_is_detected_inside_the_container(image):
     code = "from fivefold.system import cpu_limit; print(cpu_limit())"
     for options, limit in ((["--cpus=1.5"], "1.5"), ([], "None")):
         assert docker("run", "--rm", *options, "--entrypoint=python", image, "-c", code).stdout.strip() == limit
-
-
-def test_unwritable_folder_is_reported_with_the_user(image, runs, digits):
-    (runs / "first").chmod(0o755)
-    result = docker(
-        "run", "--rm", "--user=54321", *run_options(runs, digits), image, "train-fold", "FOLD=2", check=False
-    )
-    assert result.returncode == 64, result.stderr
-    assert re.search(r"/runs/first/fold-2.*54321", result.stderr), result.stderr
 
 
 def test_stopped_training_exits_with_143_and_resumes_to_the_same_bytes(image, runs, digits, local_run):

@@ -46,9 +46,7 @@ def test_failed_job_reports_the_containers_error_and_exit_code(tmp_path):
 
 
 def test_missing_image_is_reported(digits, tmp_path):
-    result = submit(
-        [*make_args(digits, tmp_path, "stages=split")[:-2], "sagemaker.image=fivefold:no-such", "stages=split"], NO_AWS
-    )
+    result = submit(make_args(digits, tmp_path, "stages=split", "sagemaker.image=fivefold:no-such"), NO_AWS)
     assert result.returncode == 1, result.stdout
     assert "started no container" in result.stdout
 
