@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from reference_run import REPOSITORY, act_when, interrupt
 
 FOLDS_JOB = "fivefold-r-train-folds"
 FAST_SETTINGS = ("split.folds=3", "kubernetes.poll_seconds=0.05")
+TRAINING = ("split", "train-fold")
 REQUEST_ARGUMENTS = ("platform=kubernetes", "recipe=demo", "run=r", "train=/data/train")
 ROLE = yaml.safe_load((REPOSITORY / "k8s" / "contrib" / "submit-role.yaml").read_text())["rules"]
 KUBECTL = f"""#!{sys.executable} -IS
@@ -96,15 +98,9 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCluster:
     return fake_cluster
 
 
-def make_demo_plan(
-    cluster: FakeCluster,
-    *overrides: str,
-    stages: tuple[str, ...] = ("split", "train-fold"),
-    train: str = "/data/train",
-    eval_: str | None = None,
-) -> Plan:
-    inputs = Inputs(train, eval_, truth_unknown=eval_ is not None)
-    plan = make_plan(inputs, [*FAST_SETTINGS, *overrides], run="r", runs=str(cluster.runs), recipe="demo")
+def make_demo_plan(cluster: FakeCluster, *overrides: str, stages: Sequence[str] = TRAINING, **inputs: Any) -> Plan:
+    plan_inputs = Inputs(**{"train": "/data/train", **inputs})
+    plan = make_plan(plan_inputs, [*FAST_SETTINGS, *overrides], run="r", runs=str(cluster.runs), recipe="demo")
     return select(plan, stages)
 
 
@@ -114,13 +110,11 @@ def launch(cluster: FakeCluster, *overrides: str, **options: Any) -> int:
 
 def test_all_steps_run_in_order(cluster, capsys):
     cluster.script_pods(train_folds={"1": [{"code": 0, "log": "epoch 1 of 3\nepoch 2 of 3"}]})
-    plan = make_demo_plan(cluster, stages=(), eval_="/data/eval")
+    plan = make_demo_plan(cluster, stages=(), eval="/data/eval", truth_unknown=True)
     assert kubernetes.launch(plan) == 0
     assert len(cluster.calls("apply")) == 1 + 7
     output = capsys.readouterr().err
-    finished = [
-        line.split(":")[0].removeprefix("fivefold-r-") for line in output.splitlines() if line.endswith(": done")
-    ]
+    finished = re.findall(r"^fivefold-r-(\S+): done$", output, re.MULTILINE)
     assert finished[:2] == ["split", "train-folds"]
     assert finished.index("ensemble") < finished.index("evaluate")
     assert finished.index("distill") < finished.index("ensemble-student") < finished.index("evaluate-student")
@@ -136,6 +130,7 @@ def test_all_steps_run_in_order(cluster, capsys):
 
 
 ERROR_MESSAGE = "train.lr=x\n\nTraceback (most recent call last):\n  File x"
+CUT_MESSAGE = f"le 'x'\n{ERROR_MESSAGE[12:]}\nKeyError: 'x'"
 LOG_TAIL = "s/s, 39 s left\n16:20:01 INFO    fold 1: epoch 3\n16:20:16 INFO    fold 1: epoch 4\n"
 
 
@@ -145,12 +140,7 @@ LOG_TAIL = "s/s, 39 s left\n16:20:01 INFO    fold 1: epoch 3\n16:20:16 INFO    f
         ("train_folds", [{"code": 64, "message": ERROR_MESSAGE}], 64, "fold-1: exit code 64: train.lr=x\n"),
         ("train_folds", [{"code": 75, "message": "store away"}, {"code": 0}], 0, "failed: exit code 75: store away"),
         ("split", [{"code": None, "message": "Allocate failed"}], 75, "lost: Allocate failed"),
-        (
-            "split",
-            [{"code": 1, "message": f"le 'x'\n{ERROR_MESSAGE[12:]}\nKeyError: 'x'"}],
-            1,
-            "exit code 1: KeyError: 'x'",
-        ),
+        ("split", [{"code": 1, "message": CUT_MESSAGE}], 1, "exit code 1: KeyError: 'x'"),
         ("split", [{"code": 143, "message": "39 s left\r\n SIGTERM: stops\n"}], 75, "0-0, stopped: exit code 143: SIG"),
     ],
 )
@@ -192,9 +182,7 @@ def test_same_command_reruns_only_failed_jobs_and_jobs_with_changed_settings(clu
     cluster.script_pods()
     assert launch(cluster, "kubernetes.memory=6Gi") == 0
     second = cluster.uids()
-    assert {name for name in first if first[name] != second[name]} == {"train-folds"}, (
-        "memory changes no result of split"
-    )
+    assert {name for name in first if first[name] != second[name]} == {"train-folds"}
     assert launch(cluster, "train.epochs=4") == 0
     third = cluster.uids()
     assert {name for name in second if second[name] == third[name]} == {"split"}
@@ -264,9 +252,8 @@ def test_reason_for_missing_pods_is_logged_once(cluster, capsys, job, max_pods, 
     with act_when(lambda: len(cluster.calls("events")) > 3, cluster.allow_pods):
         assert launch(cluster) == 0
     output, name = capsys.readouterr().err, f"fivefold-r-{job.replace('_', '-')}"
-    expected = re.escape(f"{name} waits: FailedCreate: Error creating: {message}").replace(
-        "POD", f"{name}-[0-9a-f]{{5}}"
-    )
+    pod = f"{name}-[0-9a-f]{{5}}"
+    expected = re.escape(f"{name} waits: FailedCreate: Error creating: {message}").replace("POD", pod)
     assert len(re.findall(f"(?m)^{expected}$", output)) == output.count(" waits: ") == 1, output
 
 

@@ -113,9 +113,7 @@ def test_labels_are_unpacked_from_a_zip_only_at_the_start_and_never_replace_user
         assert run.exists() == (label != "a")
         for run_inputs in (inputs, replace(inputs, ground_truth=str(user_file))):
             local.unpack_ground_truth(run_inputs, run)
-        assert (run / "gt.csv").read_text(encoding="utf-8-sig") == f"ID,label\n1,{label}\n", (
-            "the corrected file replaces it"
-        )
+        assert (run / "gt.csv").read_text(encoding="utf-8-sig") == f"ID,label\n1,{label}\n"
     assert user_file.read_text() == "mine"
 
 

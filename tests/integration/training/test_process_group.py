@@ -32,13 +32,8 @@ def rank_results(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     """Return the results of all cases, one entry per rank."""
     results = tmp_path_factory.mktemp("results")
     environ = {"PATH": os.environ["PATH"], SHARED_SCRATCH: str(results)}
-    processes = [
-        Forked(
-            [distributed_worker.__file__, str(image_folder), str(results)],
-            environ | HostGroup().variables(WORLD_SIZE, rank),
-        )
-        for rank in range(WORLD_SIZE)
-    ]
+    command = [distributed_worker.__file__, str(image_folder), str(results)]
+    processes = [Forked(command, environ | HostGroup().variables(WORLD_SIZE, rank)) for rank in range(WORLD_SIZE)]
     outputs = [process.wait() for process in processes]
     assert [process.returncode for process in processes] == [0] * WORLD_SIZE, "\n".join(outputs)
     return [torch.load(results / f"{rank}.pt", weights_only=True) for rank in range(WORLD_SIZE)]
@@ -65,10 +60,8 @@ def test_all_ranks_hold_the_same_bits(rank_results):
 
 def test_norm_statistics_are_averaged_over_the_ranks(rank_results, image_folder):
     """The mean of two equal shards' means is the batch mean; averaged variances lack the variance between shards."""
-    single, double = (
-        result["states"]["raw"]
-        for result in (train_case(image_folder, OTHERS["one step"]), rank_results[0]["one step"])
-    )
+    single = train_case(image_folder, OTHERS["one step"])["states"]["raw"]
+    double = rank_results[0]["one step"]["states"]["raw"]
     mean, variance = "backbone.stem.1.running_mean", "backbone.stem.1.running_var"
     torch.testing.assert_close(double[mean], single[mean])
     assert float(single[mean].abs().max()) > 0.001
