@@ -1,8 +1,9 @@
 """Fixtures shared by tests in several folders."""
 
 import logging
+import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from botocore.loaders import create_loader
 from PIL import Image
 
+from fivefold.contract.files import folder_lock
 from s3_server import Bucket, run_server
 from toy_data import draw_toy_images, make_product_run, make_toy_run
 
@@ -98,13 +100,25 @@ def products(tmp_path_factory: pytest.TempPathFactory) -> DrawnProducts:
     return DrawnProducts(root, category)
 
 
+def make_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """Return a folder that all processes of pytest share: the first one that needs it makes it, and others wait."""
+    session = factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else factory.getbasetemp()
+    done = session / f"{name}-lock" / "done"
+    with folder_lock(done.parent):
+        if not done.exists():
+            (session / name).mkdir()
+            make(session / name)
+            done.touch()
+    return session / name
+
+
 @pytest.fixture(scope="session")
 def toy_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the toy images with all its steps; read-only: a test that changes it uses `copy_run`."""
-    return make_toy_run(draw_toy_images(tmp_path_factory.mktemp("toy")))
+    return make_once(tmp_path_factory, "toy-run", lambda root: make_toy_run(draw_toy_images(root)))
 
 
 @pytest.fixture(scope="session")
 def product_run(products: DrawnProducts, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the drawn products; read-only."""
-    return make_product_run(products.root, tmp_path_factory.mktemp("product-run"))
+    return make_once(tmp_path_factory, "product-run", lambda root: make_product_run(products.root, root))
