@@ -2,8 +2,9 @@
 
 `script.json` holds a list of attempts for each Job and index: {"fivefold-r-train-folds": {"1": [{"code": 75}, {"code": 0}]}}.
 An attempt has `code` (null: its container never started), `message` (the termination message), `reason`, `log`, `waits` (why it
-stays pending), `forever` (it runs until a file `go` exists), `drained` (it is evicted), `cut` (its log stream breaks
-after each line) and `limit_range` (the memory limit that replaces its own). Indexes without a script succeed at the first attempt.
+stays pending), `creating` (for how many steps of time its container is created), `forever` (it runs until a file `go` exists),
+`drained` (it is evicted), `cut` (its log stream breaks after each line) and `limit_range` (the memory limit that replaces its own).
+Indexes without a script succeed at the first attempt.
 
 `no-pods.json`: from which index on a Job cannot create pods, and why: {"fivefold-r-split": [0, "pods \\"POD\\" is forbidden: …"]}.
 `outage.json`: the first and the last call, counted from 1, that fail with this message: [2, 4, "The connection to …"].
@@ -215,6 +216,9 @@ def pod_status(attempt: dict, age: int, go: bool) -> tuple[dict, int | None]:
     if waits := attempt.get("waits"):
         unscheduled = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": waits}
         return {"phase": "Pending", "conditions": [unscheduled]}, None
+    if age <= attempt.get("creating", 0):
+        waiting = {"name": "fivefold", "state": {"waiting": {"reason": "ContainerCreating"}}}
+        return {"phase": "Pending", "containerStatuses": [waiting]}, None
     lines = len(attempt.get("log", "").splitlines()) if attempt.get("cut") else 0
     if age <= 1 + lines or (attempt.get("forever") and not go):
         return {"phase": "Running", "containerStatuses": [{"name": "fivefold", "state": {"running": {}}}]}, None

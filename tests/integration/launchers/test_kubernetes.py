@@ -109,11 +109,13 @@ def launch(cluster: FakeCluster, *overrides: str, **options: Any) -> int:
 
 
 def test_all_steps_run_in_order(cluster, capsys):
-    cluster.script_pods(train_folds={"1": [{"code": 0, "log": "epoch 1 of 3\nepoch 2 of 3"}]})
+    pods = {"1": [{"code": 0, "log": "epoch 1 of 3\nepoch 2 of 3", "creating": 1}]}
+    cluster.script_pods(train_folds=pods)
     plan = make_demo_plan(cluster, stages=(), eval="/data/eval", truth_unknown=True)
     assert kubernetes.launch(plan) == 0
     assert len(cluster.calls("apply")) == 1 + 7
     output = capsys.readouterr().err
+    assert " waits: " not in output
     finished = re.findall(r"^fivefold-r-(\S+): done$", output, re.MULTILINE)
     assert finished[:2] == ["split", "train-folds"]
     assert finished.index("ensemble") < finished.index("evaluate")
@@ -380,7 +382,8 @@ def test_submit_prints_the_scores_and_the_command_that_copies_the_run(cluster, c
         evaluate={"0": [{"code": 0, "log": f"10:00:00 INFO x\n{printed}\n10:00:01 INFO report"}]},
         evaluate_student={"0": [{"code": 0, "log": json.dumps({"holdout": {**scores, "n": 7, "logloss": 0.25}})}]},
     )
-    arguments = ["check=false", "stages=evaluate", "eval=/data/eval", "kubernetes.namespace=a b", "kubernetes.context=big"]
+    arguments = ["check=false", "stages=evaluate,evaluate-student", "eval=/data/eval"]
+    arguments += ["kubernetes.namespace=a b", "kubernetes.context=big"]
     assert jobs_submit.main([f"runs={cluster.runs}", *REQUEST_ARGUMENTS, *FAST_SETTINGS, *arguments]) == 0
     output = capsys.readouterr().out
     assert [line.split() for line in output.splitlines()[:4]] == [
