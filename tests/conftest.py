@@ -2,9 +2,11 @@
 
 import gc
 import logging
+import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -53,8 +55,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
-    """The endpoint of a real server for S3's protocol; all tests of a process share it."""
-    with run_server() as endpoint:
+    """The endpoint of a real server for S3's protocol; all tests of a process share it, and one parsed copy of AWS's models."""
+    from botocore.loaders import create_loader
+
+    with run_server() as endpoint, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("botocore.session.create_loader", cache(create_loader))
         yield endpoint
 
 
@@ -101,12 +106,26 @@ def products(tmp_path_factory: pytest.TempPathFactory) -> DrawnProducts:
     return DrawnProducts(root, category)
 
 
+def make_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """Return a folder that all processes of pytest share: the first one that needs it makes it, and others wait."""
+    from fivefold.contract.files import folder_lock
+
+    session = factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else factory.getbasetemp()
+    done = session / f"{name}-lock" / "done"
+    with folder_lock(done.parent):
+        if not done.exists():
+            (session / name).mkdir()
+            make(session / name)
+            done.touch()
+    return session / name
+
+
 @pytest.fixture(scope="session")
 def toy_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the toy images with all its steps; read-only: a test that changes it uses `copy_run`."""
     from toy_data import draw_toy_images, make_toy_run
 
-    return make_toy_run(draw_toy_images(tmp_path_factory.mktemp("toy")))
+    return make_once(tmp_path_factory, "toy-run", lambda root: make_toy_run(draw_toy_images(root)))
 
 
 @pytest.fixture(scope="session")
@@ -114,4 +133,4 @@ def product_run(products: DrawnProducts, tmp_path_factory: pytest.TempPathFactor
     """A run of the drawn products; read-only."""
     from toy_data import make_product_run
 
-    return make_product_run(products.root, tmp_path_factory.mktemp("product-run"))
+    return make_once(tmp_path_factory, "product-run", lambda root: make_product_run(products.root, root))

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,33 +25,19 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 """Another number of threads changes the results' bits."""
 
 
-def docker(*arguments: str, check: bool = True, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    return called(["docker", *arguments], check=check, timeout=timeout)
+def docker(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    return called(["docker", *arguments], check=check)
 
 
-def called(
-    command: Sequence[str],
-    environ: Mapping[str, str] = os.environ,
-    where: Path = ROOT,
-    check: bool = True,
-    timeout: float = 600,
-) -> subprocess.CompletedProcess[str]:
+def called(command: Sequence[str], where: Path = ROOT, check: bool = True) -> subprocess.CompletedProcess[str]:
     """Run a command and return its result; unless `check` is false, a failure is an AssertionError with the output."""
-    done = subprocess.run(command, env=environ, cwd=where, capture_output=True, text=True, timeout=timeout)
+    done = subprocess.run(command, cwd=where, capture_output=True, text=True, timeout=600)
     assert not check or done.returncode == 0, f"{' '.join(command)}: {done.returncode}\n{done.stdout}{done.stderr}"
     return done
 
 
 def as_arguments(settings: Mapping[str, Any]) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-
-
-def run_here(runs: Path, data: Path) -> Path:
-    """Run the whole pipeline in local processes with one thread each; return its folder, `runs`/here."""
-    keys = [f"train={data / 'train'}", f"eval={data / 'test'}", f"runs={runs}", "run=here", "recipe=demo"]
-    command = [sys.executable, "-m", "jobs", "submit", *keys, *as_arguments(SETTINGS)]
-    called(command, {**os.environ, **ONE_THREAD})
-    return runs / "here"
 
 
 def differing(run: Path, reference: Path, steps: Sequence[str] = ()) -> list[str]:

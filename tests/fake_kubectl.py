@@ -1,10 +1,10 @@
-#!/usr/bin/env python3
 """A stand-in for kubectl and its cluster: it stores objects in a folder, and pods follow the script in that folder.
 
 `script.json` holds a list of attempts for each Job and index: {"fivefold-r-train-folds": {"1": [{"code": 75}, {"code": 0}]}}.
 An attempt has `code` (null: its container never started), `message` (the termination message), `reason`, `log`, `waits` (why it
-stays pending), `forever` (it runs until a file `go` exists), `drained` (it is evicted), `cut` (its log stream breaks
-after each line) and `limit_range` (the memory limit that replaces its own). Indexes without a script succeed at the first attempt.
+stays pending), `creating` (for how many steps of time its container is created), `forever` (it runs until a file `go` exists),
+`drained` (it is evicted), `cut` (its log stream breaks after each line) and `limit_range` (the memory limit that replaces its own).
+Indexes without a script succeed at the first attempt.
 
 `no-pods.json`: from which index on a Job cannot create pods, and why: {"fivefold-r-split": [0, "pods \\"POD\\" is forbidden: …"]}.
 `outage.json`: the first and the last call, counted from 1, that fail with this message: [2, 4, "The connection to …"].
@@ -216,10 +216,11 @@ def pod_status(attempt: dict, age: int, go: bool) -> tuple[dict, int | None]:
     if waits := attempt.get("waits"):
         unscheduled = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": waits}
         return {"phase": "Pending", "conditions": [unscheduled]}, None
-    if age <= 1:
-        return {"phase": "Pending"}, None
+    if age <= attempt.get("creating", 0):
+        waiting = {"name": "fivefold", "state": {"waiting": {"reason": "ContainerCreating"}}}
+        return {"phase": "Pending", "containerStatuses": [waiting]}, None
     lines = len(attempt.get("log", "").splitlines()) if attempt.get("cut") else 0
-    if age <= 2 + lines or (attempt.get("forever") and not go):
+    if age <= 1 + lines or (attempt.get("forever") and not go):
         return {"phase": "Running", "containerStatuses": [{"name": "fivefold", "state": {"running": {}}}]}, None
     code, message = attempt["code"], attempt.get("message", "")
     if code is None:
@@ -238,7 +239,7 @@ def logs(folder: Path, arguments: list[str]) -> None:
     require_permission(folder, "pods/log", "get")
     pod = json.loads((folder / f"pod-{arguments[0]}.json").read_text())
     if pod["cut"] and pod["status"]["phase"] == "Running":
-        print("\n".join(pod["log"].splitlines()[: pod["age"] - 1]), flush=True)
+        print("\n".join(pod["log"].splitlines()[: pod["age"]]), flush=True)
         if pod["age"] % 2:
             raise RefusedError("error: http2: client connection lost")
     else:
@@ -256,7 +257,3 @@ def write(path: Path, manifest: dict) -> None:
 
 
 VERBS = {"get": get, "apply": apply, "replace": replace, "logs": logs}
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

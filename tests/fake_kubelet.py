@@ -4,7 +4,6 @@ Unlike a kubelet, it does not schedule pods, assign GPUs or restart containers.
 """
 
 import os
-import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +13,6 @@ from typing import Any
 from kubernetes_schemas import expand
 
 INDEX = "batch.kubernetes.io/job-completion-index"
-MEMORY = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
 TIMEOUT_SECONDS = 900
 
 
@@ -93,7 +91,7 @@ class Node:
             volume, path = volumes[mount["name"]], mount["mountPath"]
             if "emptyDir" in volume:
                 size = volume["emptyDir"].get("sizeLimit")
-                options += ["--tmpfs", f"{path}:rw,exec,mode=1777{f',size={_parse_bytes(size)}' if size else ''}"]
+                options += ["--tmpfs", f"{path}:rw,exec,mode=1777{f',size={size[:-1].lower()}' if size else ''}"]
             else:
                 assert volume["persistentVolumeClaim"]
                 folder = self.claim / mount["subPath"]
@@ -121,8 +119,3 @@ def _command(container: Mapping[str, Any], image: str, values: Mapping[str, str]
     entrypoint, *first = container.get("command", [None])
     arguments = [expand(text, values) for text in (*first, *container.get("args", []))]
     return [*(["--entrypoint", entrypoint] if entrypoint else []), image, *arguments]
-
-
-def _parse_bytes(text: str) -> int:
-    number, unit = re.fullmatch(r"(\d+)([KMG]i)", text).groups()
-    return int(number) * MEMORY[unit]

@@ -76,10 +76,6 @@ class Service:
     down: int = 0
     """The number of next calls that get a 503."""
 
-    def client(self, name: str) -> Any:
-        """A client of moto's server with its own session, because sessions are not thread-safe."""
-        return boto3.Session().client(name, endpoint_url=self.moto)
-
     def environ(self) -> dict[str, str]:
         return {**CREDENTIALS, "AWS_ENDPOINT_URL": self.endpoint}
 
@@ -226,7 +222,7 @@ class Service:
         self._mirror(packed, f"{config['S3OutputPath']}/{job.name}/output")
 
     def _log(self, job: Job, lines: list[str]) -> None:
-        logs = self.client("logs")
+        logs = boto3.Session().client("logs", endpoint_url=self.moto)  # its own session, for its own thread
         with suppress(logs.exceptions.ResourceAlreadyExistsException):
             logs.create_log_group(logGroupName=LOG_GROUP)
         stream = {"logGroupName": LOG_GROUP, "logStreamName": f"{job.name}/algo-1-{time.time_ns()}"}
@@ -247,7 +243,7 @@ def arguments(bucket: Bucket, folder: Path, *more: str) -> list[str]:
     """Return arguments of `submit` for jobs with outputs in `bucket` and a run in `folder`/runs."""
     keys = ["platform=sagemaker", "run=r", f"runs={folder / 'runs'}", f"sagemaker.output=s3://{bucket.name}/runs"]
     keys += [f"sagemaker.image={IMAGE}", f"sagemaker.role={ROLE}", "sagemaker.instance_type=ml.m5.large"]
-    return [*keys, "sagemaker.poll_seconds=0.2", *more]
+    return [*keys, "sagemaker.poll_seconds=0.1", *more]
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from docker_helpers import IMAGE, ONE_THREAD, docker, run_here
+from docker_helpers import IMAGE, ONE_THREAD, SETTINGS, as_arguments, docker
 from jobs.demo import write_digits
 from reference_run import submit
 
@@ -27,16 +27,21 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def run_locally(runs: Path, digits: Path, *settings: str) -> Path:
+    """Run the small run, with other settings, by local processes of one thread each; return its folder."""
+    keys = [f"train={digits / 'train'}", f"eval={digits / 'test'}", f"runs={runs}"]
+    result = submit([*keys, *settings], ONE_THREAD)
+    assert result.returncode == 0, result.stdout
+    return runs / "r"
+
+
 @pytest.fixture(scope="session")
 def local_run(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
-    """The folder of a complete run by local processes."""
-    return run_here(tmp_path_factory.mktemp("runs"), digits)
+    """The folder of a complete run of the demo's five folds."""
+    return run_locally(tmp_path_factory.mktemp("runs"), digits, "split.folds=5", *as_arguments(SETTINGS))
 
 
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
-    """The folder of the run defined in `reference_run`, by local processes."""
-    runs = tmp_path_factory.mktemp("small")
-    result = submit([f"train={digits / 'train'}", f"eval={digits / 'test'}", f"runs={runs}"], ONE_THREAD)
-    assert result.returncode == 0, result.stdout
-    return runs / "r"
+    """The folder of the run defined in `reference_run`."""
+    return run_locally(tmp_path_factory.mktemp("small"), digits)

@@ -7,17 +7,17 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 import pytest
+import requests
 import yaml
+from requests.adapters import HTTPAdapter
+from urllib3.util.retry import Retry
 
 from docker_helpers import IMAGE, ONE_THREAD, ROOT, SETTINGS, called, differing, docker
 from fivefold.config.loading import arguments_layer, collect_layers, load
 from fivefold.contract.run_layout import CHANNELS
 from jobs.serve import platform_layers
-from reference_run import wait_until
 
 NEW, OLD = ["docker", "compose"], ["docker-compose"]
 PROFILES = "--profile", "pipeline", "--profile", "stage"
@@ -63,7 +63,7 @@ def project(tmp_path: Path, digits: Path):
 
 
 @pytest.mark.docker
-def test_each_stage_is_a_service_that_takes_stage_arguments(image, project: Project, local_run: Path):
+def test_each_stage_is_a_service_that_takes_stage_arguments(image, project, local_run):
     project(OLD, "run", "--rm", "split")
     project(NEW, "run", "--rm", "train-fold", "FOLD=2")
     project(OLD, "run", "--rm", "-e", "FOLD=3", "train-fold")
@@ -73,7 +73,7 @@ def test_each_stage_is_a_service_that_takes_stage_arguments(image, project: Proj
 
 
 @pytest.mark.docker
-def test_pipeline_runs_stages_in_order_and_folds_in_parallel(image, project: Project, local_run: Path):
+def test_pipeline_runs_stages_in_order_and_folds_in_parallel(image, project, local_run):
     project(NEW, "--profile", "pipeline", "up")
     assert differing(project.runs / "first", local_run) == []
     steps = ("split", "fold-0", "fold-4", "ensemble", "evaluate-student")
@@ -86,19 +86,17 @@ def test_pipeline_runs_stages_in_order_and_folds_in_parallel(image, project: Pro
 
 
 @pytest.mark.docker
-def test_serve_predicts_like_the_student_and_exits_with_143_when_stopped(
-    image, project: Project, local_run: Path, digits: Path
-):
+def test_serve_predicts_like_the_student_and_exits_with_143_when_stopped(image, project, local_run, digits):
     shutil.copytree(local_run, project.runs / "first")
     with open(project.folder / ".env", "a") as file:
         file.write("PORT=0\n")
     project(NEW, "up", "--detach", "serve")
     address = "http://" + project(NEW, "port", "serve", "8080").stdout.strip()
-    wait_until(lambda: get_status(f"{address}/ping") == 200)
+    session = requests.Session()
+    session.mount("http://", HTTPAdapter(max_retries=Retry(60, backoff_factor=0.1, backoff_max=1, status_forcelist=[503])))
+    assert session.get(f"{address}/ping").status_code == 200
     png = (digits / "test" / "TEST_00000.png").read_bytes()
-    request = Request(f"{address}/invocations", png, {"Content-Type": "image/png"})
-    with urlopen(request, timeout=30) as response:
-        prediction = json.load(response)
+    prediction = session.post(f"{address}/invocations", png, headers={"Content-Type": "image/png"}).json()
     with open(local_run / "ensemble-student" / "output" / "submission.csv", encoding="utf-8-sig") as file:
         row = next(csv.DictReader(file))
     expected = {name: float(row[name]) for name in prediction["probabilities"]}
@@ -110,19 +108,8 @@ def test_serve_predicts_like_the_student_and_exits_with_143_when_stopped(
     assert state["HostConfig"]["ReadonlyRootfs"]
 
 
-def get_status(url: str) -> int:
-    """Return the status of a GET, or 0 if no server listens yet."""
-    try:
-        with urlopen(url, timeout=5) as response:
-            return response.status
-    except HTTPError as error:
-        return error.code
-    except OSError:
-        return 0
-
-
 @pytest.mark.docker
-def test_failed_fold_stops_dependent_services_only(image, project: Project):
+def test_failed_fold_stops_dependent_services_only(image, project):
     """The split has three folds; the services of folds 3 and 4 fail. Another test starts the pipeline with Compose 2."""
     with open(project.folder / ".env", "a") as file:
         file.write(f"SETTINGS={json.dumps({**SETTINGS, 'train.epochs': 1, 'split.folds': 3})}\n")
@@ -137,7 +124,7 @@ def test_failed_fold_stops_dependent_services_only(image, project: Project):
 
 
 @pytest.mark.docker
-def test_missing_runs_folder_is_named_in_the_error(image, project: Project):
+def test_missing_runs_folder_is_named_in_the_error(image, project):
     with open(project.folder / ".env", "a") as file:
         file.write("RUNS=./nowhere\n")
     for tool in (NEW, OLD):
@@ -149,7 +136,7 @@ def test_missing_runs_folder_is_named_in_the_error(image, project: Project):
 
 @pytest.mark.docker
 @pytest.mark.parametrize("tool", [NEW, OLD], ids=["2", "1.29"])
-def test_compose_gpu_file_gives_each_fold_its_own_gpu(project: Project, tool):
+def test_compose_gpu_file_gives_each_fold_its_own_gpu(project, tool):
     config = project(tool, "-f", "compose.yaml", "-f", "compose.gpu.yaml", "--profile", "pipeline", "config").stdout
     services = yaml.safe_load(config)["services"]
     gpus = {

@@ -48,7 +48,7 @@ def read_job(stage: str) -> dict[str, Any]:
     return job
 
 
-def test_pods_write_the_same_results_as_the_local_run(node: Node, claim: Path, local_run: Path) -> None:
+def test_pods_write_the_same_results_as_the_local_run(node, claim, local_run):
     """One pod of each stage; the other folds are those of the local run."""
     run = claim / "runs" / "first"
     for stage in STAGES:
@@ -67,7 +67,7 @@ def test_pods_write_the_same_results_as_the_local_run(node: Node, claim: Path, l
     assert metrics["test"]["n"] == 360
 
 
-def test_data_volume_is_read_only(node: Node) -> None:
+def test_data_volume_is_read_only(node):
     job = read_job("split")
     job["spec"]["template"]["spec"]["containers"][0]["env"].append({"name": "SM_OUTPUT_DATA_DIR", "value": "/data/out"})
     pod = node.run(job)
@@ -75,7 +75,7 @@ def test_data_volume_is_read_only(node: Node) -> None:
     assert "/data/out" in pod.message.splitlines()[0]
 
 
-def test_loader_pod_accepts_data_from_kubectl_cp(node: Node) -> None:
+def test_loader_pod_accepts_data_from_kubectl_cp(node):
     """`kubectl cp` runs tar as the pod's user, into a folder of the claim."""
     spec = deepcopy(read(ROOT / "k8s" / "loader-pod.yaml")[-1]["spec"])
     copy = "cd /tmp && echo 1 >a && tar -cf - a | tar -xmf - -C /data && cat /data/a"
@@ -85,7 +85,7 @@ def test_loader_pod_accepts_data_from_kubectl_cp(node: Node) -> None:
     assert (node.claim / "data" / "a").stat().st_uid == 10001
 
 
-def test_jobs_with_a_bucket_need_no_claim(claim: Path, image: str, bucket: Bucket) -> None:
+def test_jobs_with_a_bucket_need_no_claim(claim, image, bucket):
     train = claim / "data" / "train"
     for path in sorted(train.rglob("*.png"))[::6]:
         bucket.write(f"data/train/{path.relative_to(train)}", path.read_bytes())

@@ -57,9 +57,7 @@ def download_run(bucket: Bucket, service: Service, folder: Path) -> Path:
     return folder
 
 
-def test_complete_run_writes_the_same_bytes_as_the_local_run(
-    service: Service, bucket: Bucket, small_run: Path, tmp_path: Path
-) -> None:
+def test_complete_run_writes_the_same_bytes_as_the_local_run(service, bucket, small_run, tmp_path):
     result = submit(make_arguments(bucket, tmp_path), service.environ())
     assert result.returncode == 0, result.stdout
     assert len(service.jobs) == len(STEPS)
@@ -77,9 +75,7 @@ def test_complete_run_writes_the_same_bytes_as_the_local_run(
     }  # fmt: skip
 
 
-def test_interrupted_spot_job_resumes_to_the_same_results(
-    service: Service, bucket: Bucket, small_run: Path, tmp_path: Path
-) -> None:
+def test_interrupted_spot_job_resumes_to_the_same_results(service, bucket, small_run, tmp_path):
     """The outputs are plain files, which the ensemble reads too."""
     service.interrupt_once = "fold-1"
     settings = ["stages=split,train-fold,ensemble", "sagemaker.compress_outputs=false", "sagemaker.spot=true"]

@@ -22,7 +22,7 @@ def make_args(digits: Path, runs: Path, *more: str) -> list[str]:
     return [*inputs, f"sagemaker.image={IMAGE}", "sagemaker.environment={OMP_NUM_THREADS='1'}", *more]
 
 
-def test_complete_run_writes_the_same_bytes_as_the_local_run(digits: Path, small_run: Path, tmp_path: Path) -> None:
+def test_complete_run_writes_the_same_bytes_as_the_local_run(digits, small_run, tmp_path):
     # another HOME hides the user's Compose 2 plugin; this needs docker-compose 1.29 on the PATH
     environ = NO_AWS | ({"HOME": str(tmp_path)} if shutil.which("docker-compose") else {})
     result = submit(make_args(digits, tmp_path, "parallel=2"), environ)
@@ -35,7 +35,7 @@ def test_complete_run_writes_the_same_bytes_as_the_local_run(digits: Path, small
     assert not list((tmp_path / "r").glob("*/work"))
 
 
-def test_failed_job_reports_the_containers_error_and_exit_code(tmp_path: Path) -> None:
+def test_failed_job_reports_the_containers_error_and_exit_code(tmp_path):
     (tmp_path / "train" / "a").mkdir(parents=True)
     (tmp_path / "train" / "a" / "1.png").write_bytes(b"no image")
     keys = ["platform=sagemaker-local", f"train={tmp_path / 'train'}", f"runs={tmp_path}", f"sagemaker.image={IMAGE}"]
@@ -45,15 +45,13 @@ def test_failed_job_reports_the_containers_error_and_exit_code(tmp_path: Path) -
     assert "only 1 class ('a')" in result.stdout.split("split failed")[1]
 
 
-def test_missing_image_is_reported(digits: Path, tmp_path: Path) -> None:
-    result = submit(
-        [*make_args(digits, tmp_path, "stages=split")[:-2], "sagemaker.image=fivefold:no-such", "stages=split"], NO_AWS
-    )
+def test_missing_image_is_reported(digits, tmp_path):
+    result = submit(make_args(digits, tmp_path, "stages=split", "sagemaker.image=fivefold:no-such"), NO_AWS)
     assert result.returncode == 1, result.stdout
     assert "started no container" in result.stdout
 
 
-def test_signal_stops_and_removes_the_container(digits: Path, small_run: Path, tmp_path: Path) -> None:
+def test_signal_stops_and_removes_the_container(digits, small_run, tmp_path):
     shutil.copytree(small_run / "split", tmp_path / "r" / "split")
     shutil.copytree(small_run / "split" / "output", tmp_path / "r" / "sagemaker" / "split" / "output")
     command = [sys.executable, "-m", "jobs", "submit", *SETTINGS, *make_args(digits, tmp_path, "stages=train-fold")]

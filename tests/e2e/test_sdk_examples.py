@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from docker_helpers import IMAGE, docker
-from reference_run import REPOSITORY
+from reference_run import PIPES, REPOSITORY
 
 pytestmark = pytest.mark.docker
 PINS = Path(__file__).parent / "sdk-v2.txt"
@@ -51,40 +51,22 @@ def remove_sdk_containers() -> Iterator[None]:
     docker("rm", "--volumes", *remaining)
 
 
-def read_example(statement: str) -> str:
-    """Return the page's block that contains the import `statement`."""
-    (block,) = [block for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if statement in block]
-    assert len([line for line in block.splitlines() if line.strip()]) <= 10
-    return block
-
-
-def replace_all(code: str, changes: dict[str, str]) -> str:
-    for old, new in changes.items():
-        assert old in code, old
-        code = code.replace(old, new)
-    return code
-
-
-def run_python(python: Path | str, code: str, folder: Path, **variables: str) -> str:
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
-    environ = {**inherited, "AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull, **variables}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    result = subprocess.run([python, "-c", code], cwd=folder, env=environ, check=False, timeout=600, **pipes)
-    assert result.returncode == 0, result.stdout
-    return result.stdout
-
-
 @pytest.mark.parametrize("statement", ["import ModelTrainer", "import Estimator"])
-def test_printed_launch_trains_the_same_fold_as_the_local_run(
-    statement: str, digits: Path, small_run: Path, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_printed_launch_trains_the_same_fold_as_the_local_run(statement, digits, small_run, tmp_path, request):
     is_v2 = statement == "import Estimator"
     python = request.getfixturevalue("python_of_v2") if is_v2 else sys.executable
     variables = {"AWS_DEFAULT_REGION": "eu-central-1"} if is_v2 else {}
     (tmp_path / "photos").symlink_to(digits / "train")
     (tmp_path / "split").symlink_to(small_run / "split" / "output")
-    code = replace_all(read_example(statement), {**CHANGES, "fivefold:latest": IMAGE})
-    run_python(python, code, tmp_path, **variables)
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if statement in block]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+    for old, new in {**CHANGES, "fivefold:latest": IMAGE}.items():
+        assert old in code
+        code = code.replace(old, new)
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    environ = {**inherited, "AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull, **variables}
+    result = subprocess.run([python, "-c", code], cwd=tmp_path, env=environ, timeout=600, **PIPES)
+    assert result.returncode == 0, result.stdout
     archive = tmp_path / "sdk/fold-2" / ("model.tar.gz" if is_v2 else "compressed_artifacts/model.tar.gz")
     shutil.unpack_archive(archive, tmp_path / "model")
     for name in ("model.safetensors", "model.json", "oof.parquet", "train_log.csv"):

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from fivefold.build import (
     build_classifier,
@@ -16,6 +15,7 @@ from fivefold.build import (
 from fivefold.config.loading import arguments_layer, load
 from fivefold.data.readers.stores import open_store
 from fivefold.training.trainer import TrainData, fit
+from toy_data import noise
 
 SYSTEMS = {
     "car_efficientnet_b5": 396,
@@ -30,17 +30,11 @@ SYSTEMS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_recipe_trains_one_step_at_full_size(name, tmp_path):
-    overrides = [
-        "model.pretrained=false",
-        "train.epochs=1",
-        "train.batch_size=2",
-        "train.device=cpu",
-        "train.num_workers=0",
-    ]
+    overrides = "model.pretrained=false train.epochs=1 train.batch_size=2 train.device=cpu train.num_workers=0".split()
     settings, classes = load([arguments_layer([f"recipe={name}", *overrides])]), SYSTEMS[name]
     generator = np.random.default_rng(0)
     for number in range(2):
-        Image.fromarray(generator.integers(0, 256, (300, 400, 3), dtype=np.uint8)).save(tmp_path / f"{number}.png")
+        noise(tmp_path / f"{number}.png", generator, size=300)
     seed_everything(settings.seed)
     network = build_classifier(settings.model, classes)
     before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}

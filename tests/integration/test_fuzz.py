@@ -39,8 +39,7 @@ from fivefold.inference.submission_reader import read_submission
 from fivefold.models.weights import read_weights
 from fivefold.predictions import Predictions
 
-MAX_EXAMPLES = int(os.environ.get("FIVEFOLD_EXAMPLES", "40"))
-"""Examples per test; higher values find more errors."""
+MAX_EXAMPLES = int(os.environ.get("FIVEFOLD_EXAMPLES", "20"))
 EXAMPLES = settings(
     max_examples=MAX_EXAMPLES, database=None, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )

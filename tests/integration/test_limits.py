@@ -1,28 +1,25 @@
 """Time and memory limits that users may rely on; generous, so that the tests pass on a busy machine."""
 
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import pytest
 
+from fivefold import predictions
 from fivefold.contract.files import read_json
+from fivefold.predictions import Predictions
 from toy_data import call_jobs
 
 SYSTEMS, CLASSES, ROWS = 5, 100, 100_000
 
 
 @pytest.mark.slow
-def test_blend_of_five_large_tables_takes_60_seconds_and_2_gb(tmp_path: Path) -> None:
-    (tmp_path / "systems").mkdir()
+def test_blend_of_five_large_tables_takes_60_seconds_and_2_gb(tmp_path):
+    ids, classes = np.array([f"{row:07}" for row in range(ROWS)]), tuple(f"class-{code:02}" for code in range(CLASSES))
     for number in range(SYSTEMS):
         logits = np.random.default_rng(number).standard_normal((ROWS, CLASSES), np.float32) * 2
-        table = pd.DataFrame(logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)))
-        table.columns = [f"p/class-{code:02}" for code in range(CLASSES)]
-        table.insert(0, "id", [f"{row:07}" for row in range(ROWS)])
-        table.insert(1, "fold", np.full(ROWS, -1, np.int16))
-        table.insert(2, "system", f"system_{number}")
-        table.to_parquet(tmp_path / "systems" / f"system_{number}.parquet", index=False)
+        log_probs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        table = Predictions(ids, np.full(ROWS, -1), f"system_{number}", classes, log_probs)
+        predictions.write(tmp_path / "systems" / f"{number}.parquet", table)
     folders = {"SM_CHANNEL_SUBMISSIONS": tmp_path / "systems", "SM_OUTPUT_DATA_DIR": tmp_path / "output"}
     assert call_jobs("ensemble", "ensemble.blend=mean", **folders).returncode == 0
     record = read_json(tmp_path / "output" / "stage.json")

@@ -33,11 +33,11 @@ TERM, KILL, SEGV = -signal.SIGTERM, -signal.SIGKILL, -signal.SIGSEGV
         ((0, 0), (15,), 0),
     ],
 )
-def test_exit_codes_with_a_cause_take_precedence_over_lost_connections(codes, received, expected: int) -> None:
+def test_exit_codes_with_a_cause_take_precedence_over_lost_connections(codes, received, expected):
     assert merge_exit_codes(dict(enumerate(codes)), len(codes), received) == expected
 
 
-def test_killed_process_is_retryable_and_a_crash_is_an_internal_error() -> None:
+def test_killed_process_is_retryable_and_a_crash_is_an_internal_error():
     with pytest.raises(RetryableError, match=r"process 5 of 8 was killed by SIGKILL.*memory runs out"):
         merge_exit_codes({4: 75, 5: KILL}, 8)
     with pytest.raises(FivefoldError, match=r"process 1 of 2 crashed \(SIGSEGV\)") as caught:
@@ -45,7 +45,7 @@ def test_killed_process_is_retryable_and_a_crash_is_an_internal_error() -> None:
     assert caught.value.exit_code == 1
 
 
-def test_cores_are_divided_among_ranks_and_user_variables_are_kept() -> None:
+def test_cores_are_divided_among_ranks_and_user_variables_are_kept():
     shared = shared_variables(HostGroup(), 2, {"PATH": "/bin"})
     assert shared["OMP_NUM_THREADS"] == str(max(1, count_cores() // 2))
     assert (shared["PATH"], shared["FIVEFOLD_PARENT"]) == ("/bin", str(os.getpid()))
@@ -65,7 +65,7 @@ print(json.dumps([word, [socket.laddr.ip for socket in sockets if socket.status 
 """
 
 
-def test_ranks_of_one_host_listen_only_on_localhost(tmp_path: Path) -> None:
+def test_ranks_of_one_host_listen_only_on_localhost(tmp_path):
     environ = shared_variables(HostGroup(), 2, {"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join(sys.path)})
     environ |= {SHARED_SCRATCH: str(tmp_path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "error", "-c", LISTENING_RANK]
@@ -80,7 +80,7 @@ def test_ranks_of_one_host_listen_only_on_localhost(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("hosts", [HostGroup(), HostGroup(2, 1, "host-0", 29500, "eth0")])
-def test_ranks_of_one_host_rendezvous_in_a_file(hosts: HostGroup, tmp_path: Path) -> None:
+def test_ranks_of_one_host_rendezvous_in_a_file(hosts, tmp_path):
     rank = rank_from_env({SHARED_SCRATCH: str(tmp_path), **hosts.variables(2, 1)})
     assert rank.rendezvous_file == (str(tmp_path / "meeting") if hosts.count == 1 else "")
     shared = shared_variables(hosts, 2, {})
@@ -88,7 +88,7 @@ def test_ranks_of_one_host_rendezvous_in_a_file(hosts: HostGroup, tmp_path: Path
         assert {**shared, **hosts.variables(2, 1)}[name] == ("lo" if hosts.count == 1 else "eth0")
 
 
-def test_run_ranks_returns_the_exit_code_of_all_ranks(capfd: pytest.CaptureFixture[str]) -> None:
+def test_run_ranks_returns_the_exit_code_of_all_ranks(capfd):
     environ = {**os.environ, "NODE_RANK": "0"}
     assert run_ranks(["no-such-stage"], HostGroup(), 2, environ) == 64
     assert capfd.readouterr().err.count("no-such-stage") == 2

@@ -3,13 +3,11 @@
 import os
 import signal
 import subprocess
-import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from fivefold.contract.files import read_json
 from fivefold.errors import MissingInputError, RetryableError, SettingsError
@@ -18,16 +16,14 @@ from fivefold.launchers.plan import Inputs, Plan, Step, make_plan, select
 from fivefold.launchers.scheduler import Scheduler
 from fivefold.launchers.status import STATE, read_status, running_pid
 from fivefold.system import GLIBC_TUNABLES
-from reference_run import REPOSITORY, wait_until
+from jobs.__main__ import run
+from reference_run import start_submit, wait_until
+from toy_data import noise_in
 
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """Write six different grey images for each of two classes."""
-    for number in range(12):
-        path = tmp_path / "train" / "ab"[number % 2] / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("L", (4, 4), number * 20).save(path)
+    noise_in(tmp_path / "train", ("a", "b"), 6)
     return tmp_path / "train"
 
 
@@ -37,13 +33,6 @@ def make_image_plan(images: Path, *stages: str) -> Plan:
     return select(plan, stages)
 
 
-def start_submit(images: Path, **options: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "jobs", "submit", f"train={images}", f"runs={images.parent / 'runs'}"]
-    command += ["run=r", "stages=split", "split.folds=3"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=REPOSITORY, **{**pipes, **options})
-
-
 SLEEP_HOOK = """
 import os, signal, time
 if "SM_OUTPUT_DIR" in os.environ:
@@ -51,16 +40,10 @@ if "SM_OUTPUT_DIR" in os.environ:
     print("asleep", flush=True)
     time.sleep(60)
 """
+"""A sitecustomize.py with which a step ignores SIGINT and sleeps until it is stopped."""
 
 
-def sleeping_step_environment(folder: Path) -> dict[str, str]:
-    """Return an environment in which a step's process ignores SIGINT and sleeps until it is stopped."""
-    folder.mkdir()
-    (folder / "sitecustomize.py").write_text(SLEEP_HOOK)
-    return {**os.environ, "PYTHONPATH": str(folder)}
-
-
-def test_step_environment_drops_user_variables_that_configure_a_stage() -> None:
+def test_step_environment_drops_user_variables_that_configure_a_stage():
     step = Step("fold-0", "train-fold", (), {"SM_MODEL_DIR": "m"}, Path("f"), ())
     user_variables = {"HOME": "/h", "SM_LOG_LEVEL": "30"}
     contract_variables = ["SM_CHANNEL_TRAIN", "SM_HPS", "SM_HP_LR", "FOLD", "fold", "STAGE", "RECIPE", "RUN", "SEED"]
@@ -76,7 +59,7 @@ def test_step_environment_drops_user_variables_that_configure_a_stage() -> None:
     assert local.step_environment(step, {"OMP_NUM_THREADS": "7"}, threads=2)["OMP_NUM_THREADS"] == "7"
 
 
-def test_default_parallelism_is_limited_by_gpus_cores_and_memory(images: Path, monkeypatch) -> None:
+def test_default_parallelism_is_limited_by_gpus_cores_and_memory(images, monkeypatch):
     plan = make_image_plan(images, "split", "train-fold", "ensemble")  # of three folds
     for gpus, cores, memory, expected in (
         (["0", "1"], 64, 1 << 40, 2),
@@ -93,7 +76,7 @@ def test_default_parallelism_is_limited_by_gpus_cores_and_memory(images: Path, m
     assert local.default_parallelism(make_image_plan(images, "split"), []) == 1
 
 
-def test_list_gpus_needs_no_torch(tmp_path: Path) -> None:
+def test_list_gpus_needs_no_torch(tmp_path):
     path = {"PATH": str(tmp_path)}
     for visible, expected in (("2,5", ["2", "5"]), ("", []), ("-1", [])):
         assert local.list_gpus({"CUDA_VISIBLE_DEVICES": visible, **path}) == expected
@@ -104,7 +87,7 @@ def test_list_gpus_needs_no_torch(tmp_path: Path) -> None:
     assert local.list_gpus(path) == ["0", "1"]
 
 
-def test_check_inputs_needs_existing_paths_and_finds_labels_next_to_the_test_table(tmp_path: Path) -> None:
+def test_check_inputs_needs_existing_paths_and_finds_labels_next_to_the_test_table(tmp_path):
     with pytest.raises(MissingInputError, match="unlabeled="):
         local.check_inputs(Inputs(train=str(tmp_path), unlabeled=str(tmp_path / "no")), tmp_path)
     folder, run = tmp_path / "eval", tmp_path / "run"
@@ -118,9 +101,7 @@ def test_check_inputs_needs_existing_paths_and_finds_labels_next_to_the_test_tab
     assert local.check_inputs(replace(inputs, ground_truth=str(folder)), run).ground_truth == str(folder)
 
 
-def test_labels_are_unpacked_from_a_zip_only_at_the_start_and_never_replace_user_files(
-    tmp_path: Path,
-) -> None:
+def test_labels_are_unpacked_from_a_zip_only_at_the_start_and_never_replace_user_files(tmp_path):
     archive, run, user_file = tmp_path / "all.zip", tmp_path / "run", tmp_path / "mine.csv"
     user_file.write_text("mine")
     for label in ("a", "넷"):
@@ -132,29 +113,25 @@ def test_labels_are_unpacked_from_a_zip_only_at_the_start_and_never_replace_user
         assert run.exists() == (label != "a")
         for run_inputs in (inputs, replace(inputs, ground_truth=str(user_file))):
             local.unpack_ground_truth(run_inputs, run)
-        assert (run / "gt.csv").read_text(encoding="utf-8-sig") == f"ID,label\n1,{label}\n", (
-            "the corrected file replaces it"
-        )
+        assert (run / "gt.csv").read_text(encoding="utf-8-sig") == f"ID,label\n1,{label}\n"
     assert user_file.read_text() == "mine"
 
 
-def test_finished_step_has_its_files_and_is_skipped_by_the_next_launch(
-    images: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_finished_step_is_skipped_and_its_output_is_logged_and_shown(images, capfd):
     plan = make_image_plan(images, "split")
-    assert local.launch(plan) == local.launch(plan) == 0
     step = plan.step("split")
-    assert (step.folder / "output" / "folds.parquet").is_file()
+    assert run("split", step.arguments, step.environment) == 0
+    capfd.readouterr()
+    assert local.launch(plan) == 0
     assert read_status(step).state == "done"
     assert read_json(step.folder / STATE)["exit_code"] == 0
-    log = (step.folder / "log.txt").read_text().splitlines()
-    assert [line[24:] for line in log if line.startswith("--- ")] == ["split split.folds=3"] * 2
+    title, *log = (step.folder / "log.txt").read_text().splitlines()
+    assert title[24:] == "split split.folds=3"
     assert sum("nothing to do" in line for line in log) == 1
-    output = capfd.readouterr().err.splitlines()
-    assert output == [f"[split] {line}" for line in log if not line.startswith("--- ")]
+    assert capfd.readouterr().err.splitlines() == [f"[split] {line}" for line in log]
 
 
-def test_new_lines_of_a_log_are_complete_and_of_a_progress_bar_the_last_state(tmp_path: Path) -> None:
+def test_new_lines_of_a_log_are_complete_and_of_a_progress_bar_the_last_state(tmp_path):
     with open(tmp_path / "log.txt", "w+b", buffering=0) as written, open(tmp_path / "log.txt", "rb") as log:
         process = local.StepProcess(None, log, "")
         for text, lines in (
@@ -166,9 +143,7 @@ def test_new_lines_of_a_log_are_complete_and_of_a_progress_bar_the_last_state(tm
             assert process.read_new_lines() == lines
 
 
-def test_failed_folds_do_not_stop_each_other_and_each_uses_a_gpu(
-    images: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_failed_folds_do_not_stop_each_other_and_each_uses_a_gpu(images, capfd):
     plan = make_image_plan(images, "train-fold", "ensemble")  # no split has created the folds
     used_gpus: list[str] = []
 
@@ -189,12 +164,12 @@ def test_failed_folds_do_not_stop_each_other_and_each_uses_a_gpu(
 
 
 @pytest.mark.parametrize(("number", "codes"), [(signal.SIGTERM, (143, 143)), (signal.SIGINT, (130, 137))])
-def test_signal_is_forwarded_to_steps_and_a_second_one_kills_them(
-    images: Path, tmp_path: Path, number: int, codes: tuple[int, int]
-) -> None:
+def test_signal_is_forwarded_to_steps_and_a_second_one_kills_them(images, tmp_path, number, codes):
     step = make_image_plan(images, "split").step("split")
     log = step.folder / "log.txt"
-    process = start_submit(images, env=sleeping_step_environment(tmp_path / "hook"))
+    (tmp_path / "sitecustomize.py").write_text(SLEEP_HOOK)
+    keys = [f"train={images}", f"runs={tmp_path}/runs", "run=r", "stages=split", "split.folds=3"]
+    process = start_submit(*keys, PYTHONPATH=str(tmp_path))
     try:
         wait_until(lambda: log.is_file() and "asleep" in log.read_text())
         assert read_status(step).state == "running"
@@ -214,7 +189,7 @@ def test_signal_is_forwarded_to_steps_and_a_second_one_kills_them(
     assert running_pid(step) is None
 
 
-def test_models_of_another_plan_in_the_run_raise_an_error_that_names_them(tmp_path: Path) -> None:
+def test_models_of_another_plan_in_the_run_raise_an_error_that_names_them(tmp_path):
     plan = make_plan(Inputs(train="t"), ["split.folds=2"], run="r", runs=str(tmp_path))
     for name in ("fold-0", "fold-1-seed-43"):
         (tmp_path / "r" / name / "model").mkdir(parents=True)

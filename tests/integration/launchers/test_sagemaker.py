@@ -5,22 +5,21 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import boto3
 import pytest
 from botocore.exceptions import ClientError
-from PIL import Image
 
 from fivefold.errors import DataError, FivefoldError, MissingInputError, RetryableError, SettingsError
 from fivefold.launchers.sagemaker.training_jobs import JobStatus, translate_errors
 from jobs import submit
-from reference_run import REPOSITORY, wait_until
+from reference_run import act_when, interrupt, start_submit, wait_until
 from s3_server import Bucket
 from sagemaker_service import Service, arguments, serving
+from toy_data import noise_in
 
 
 @pytest.fixture
@@ -31,21 +30,14 @@ def service(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with serving(bucket.endpoint, tmp_path / "service") as running_service:
         for name, value in running_service.environ().items():
             monkeypatch.setenv(name, value)
-        for number in range(12):
-            path = tmp_path / f"{number}.png"
-            Image.new("L", (4, 4), number * 20).save(path)
-            bucket.write(f"train/{'ab'[number % 2]}/{number}.png", path.read_bytes())
+        noise_in(tmp_path / "train", ("a", "b"), 6)
+        for path in (tmp_path / "train").rglob("*.png"):
+            bucket.write(path.relative_to(tmp_path).as_posix(), path.read_bytes())
         yield running_service
 
 
 def make_arguments(bucket: Bucket, tmp_path: Path, *overrides: str) -> list[str]:
     return arguments(bucket, tmp_path, f"train=s3://{bucket.name}/train", "split.folds=3", "check=false", *overrides)
-
-
-def start_submit(*args: str, **variables: str) -> subprocess.Popen[str]:
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    command = [sys.executable, "-m", "jobs", "submit", *args]
-    return subprocess.Popen(command, cwd=REPOSITORY, env={**os.environ, **variables}, **pipes)
 
 
 def run_submit(*args: str) -> tuple[int, str]:
@@ -60,7 +52,7 @@ def run_submit(*args: str) -> tuple[int, str]:
     return code, output.getvalue()
 
 
-def test_job_matches_the_printed_request_runs_and_is_reused(service: Service, bucket: Bucket, tmp_path: Path) -> None:
+def test_job_matches_the_printed_request_runs_and_is_reused(service, bucket, tmp_path):
     args = make_arguments(bucket, tmp_path, "stages=split", "sagemaker.tags={team='vision'}", "sagemaker.spot=true")
     args.append("sagemaker.environment={API_TOKEN='canary'}")
     code, printed = run_submit(*args, "--dry-run")
@@ -103,9 +95,7 @@ def test_job_matches_the_printed_request_runs_and_is_reused(service: Service, bu
     assert len(service.jobs) == 1
 
 
-def test_signal_leaves_the_job_running_and_the_next_submit_follows_it(
-    service: Service, bucket: Bucket, tmp_path: Path
-) -> None:
+def test_signal_leaves_the_job_running_and_the_next_submit_follows_it(service, bucket, tmp_path):
     service.hold = "split"
     args = make_arguments(bucket, tmp_path, "stages=split")
     process = start_submit(*args)
@@ -123,21 +113,21 @@ def test_signal_leaves_the_job_running_and_the_next_submit_follows_it(
     assert "HyperParameters" in output
 
     # the service is unreachable for a while; the job continues and is stopped
-    process = start_submit(*args)
+    def fail_for_a_while_and_stop_the_job() -> None:
+        service.down = 6
+        wait_until(lambda: service.down == 0)
+        job.stopped, service.hold = True, ""
+
     service.calls.clear()
-    wait_until(lambda: service.calls.count("SageMaker.DescribeTrainingJob") > 2)
-    service.down = 12
-    wait_until(lambda: service.down == 0)
-    assert process.poll() is None
-    job.stopped = True
-    service.hold = ""
-    process.communicate(timeout=120)
-    assert process.returncode == 143
+    with act_when(
+        lambda: service.calls.count("SageMaker.DescribeTrainingJob") > 2, fail_for_a_while_and_stop_the_job
+    ):
+        assert run_submit(*args)[0] == 143
     assert len(service.jobs) == 1
 
 
 @pytest.mark.slow
-def test_failure_reports_its_reason_and_its_exit_code(service: Service, bucket: Bucket, tmp_path: Path) -> None:
+def test_failure_reports_its_reason_and_its_exit_code(service, bucket, tmp_path):
     bucket.write("train/a/0.png", b"no image")
     code, output = run_submit(*make_arguments(bucket, tmp_path, "stages=split,train-fold"))
     assert code == DataError.exit_code, output
@@ -148,18 +138,16 @@ def test_failure_reports_its_reason_and_its_exit_code(service: Service, bucket: 
     # after the fix, the same command starts the job again; a quota makes one fold wait for another
     bucket.delete("train/a/0.png")
     service.hold, service.quota = "r-fold", 1
-    process = start_submit(*make_arguments(bucket, tmp_path, "stages=split,train-fold"))
-    wait_until(lambda: service.refused)
+    with act_when(lambda: service.refused, interrupt):
+        code, output = run_submit(*make_arguments(bucket, tmp_path, "stages=split,train-fold"))
     (_, split, _) = service.jobs.values()
     assert not bucket.listed(f"runs/r/split/{job.name}/")
     assert split.status == "Completed"
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
     assert "ResourceLimitExceeded" in output
-    assert process.returncode == 130
+    assert code == 130
 
 
-def test_outputs_of_an_unknown_job_raise_an_error(service: Service, bucket: Bucket, tmp_path: Path) -> None:
+def test_outputs_of_an_unknown_job_raise_an_error(service, bucket, tmp_path):
     key = "runs/r/split/fivefold-r-split-1/output/output.tar.gz"
     bucket.write(key, b"another's")
     code, output = run_submit(*make_arguments(bucket, tmp_path, "stages=split"))
@@ -168,9 +156,7 @@ def test_outputs_of_an_unknown_job_raise_an_error(service: Service, bucket: Buck
     assert not service.jobs
 
 
-def test_error_about_a_refused_value_does_not_contain_the_value(
-    service: Service, bucket: Bucket, tmp_path: Path
-) -> None:
+def test_error_about_a_refused_value_does_not_contain_the_value(service, bucket, tmp_path):
     service.refuses = "canary"
     args = make_arguments(bucket, tmp_path, "stages=split", "sagemaker.environment={API_TOKEN='canary-1234'}")
     code, output = run_submit(*args)
@@ -181,13 +167,12 @@ def test_error_about_a_refused_value_does_not_contain_the_value(
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"canary" in path.read_bytes()]
 
 
-def test_missing_credentials_are_reported_before_anything_starts(
-    service: Service, bucket: Bucket, tmp_path: Path
-) -> None:
-    empty_credentials = {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}
-    process = start_submit(*make_arguments(bucket, tmp_path, "stages=split"), **empty_credentials)
-    output, _ = process.communicate(timeout=180)
-    assert process.returncode == SettingsError.exit_code, output
+def test_missing_credentials_are_reported_before_anything_starts(service, bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)  # it may have the credentials of another test
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "")
+    code, output = run_submit(*make_arguments(bucket, tmp_path, "stages=split"))
+    assert code == SettingsError.exit_code, output
     assert "AWS_PROFILE" in output
     assert not service.jobs
 
@@ -203,7 +188,7 @@ def test_missing_credentials_are_reported_before_anything_starts(
         ("Stopped", "MaxRuntimeExceeded", "", RetryableError.exit_code),
     ],
 )
-def test_job_status_maps_to_an_exit_code(status: str, detail: str, reason: str, code: int | None) -> None:
+def test_job_status_maps_to_an_exit_code(status, detail, reason, code):
     assert JobStatus(status, detail, reason).exit_code == code
 
 
@@ -216,9 +201,7 @@ def test_job_status_maps_to_an_exit_code(status: str, detail: str, reason: str, 
         ("ResourceNotFoundException", 400, MissingInputError),
     ],
 )
-def test_service_errors_are_translated_to_fivefold_errors(
-    code: str, status: int, expected: type[FivefoldError]
-) -> None:
+def test_service_errors_are_translated_to_fivefold_errors(code, status, expected):
     response = {"Error": {"Code": code, "Message": "no"}, "ResponseMetadata": {"HTTPStatusCode": status}}
     with pytest.raises(expected, match=f"{code}.*CreateTrainingJob"), translate_errors():
         raise ClientError(response, "CreateTrainingJob")

@@ -13,7 +13,7 @@ from fivefold.serving.protocol import CSV, JSON
 DOCS = (Path(__file__).parents[3] / "docs" / "serving.md").read_text(encoding="utf-8")
 
 
-def test_documented_code_creates_the_sagemaker_endpoint(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documented_code_creates_the_sagemaker_endpoint(s3_endpoint, monkeypatch):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "x")
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
@@ -25,9 +25,8 @@ def test_documented_code_creates_the_sagemaker_endpoint(s3_endpoint: str, monkey
     assert environment_layer(container["Environment"]).values == {"serve.batch_size": "64"}
 
 
-def test_every_limit_named_in_the_docs_is_a_setting() -> None:
+def test_every_limit_named_in_the_docs_is_a_setting():
     documented = {name.lower() for name in re.findall(r"(?:`serve\.|SERVE__)(\w+)", DOCS)}
-    assert (
-        {"max_queue", "max_body_mb", "max_megapixels", "timeout_s", "drain_s"} <= documented <= set(Serve.model_fields)
-    )
+    named = {"max_queue", "max_body_mb", "max_megapixels", "timeout_s", "drain_s"}
+    assert named <= documented <= set(Serve.model_fields)
     assert all(f"`Accept: {content_type}`" in DOCS for content_type in (JSON, CSV))

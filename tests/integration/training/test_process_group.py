@@ -32,20 +32,15 @@ def rank_results(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     """Return the results of all cases, one entry per rank."""
     results = tmp_path_factory.mktemp("results")
     environ = {"PATH": os.environ["PATH"], SHARED_SCRATCH: str(results)}
-    processes = [
-        Forked(
-            [distributed_worker.__file__, str(image_folder), str(results)],
-            environ | HostGroup().variables(WORLD_SIZE, rank),
-        )
-        for rank in range(WORLD_SIZE)
-    ]
+    command = [distributed_worker.__file__, str(image_folder), str(results)]
+    processes = [Forked(command, environ | HostGroup().variables(WORLD_SIZE, rank)) for rank in range(WORLD_SIZE)]
     outputs = [process.wait() for process in processes]
     assert [process.returncode for process in processes] == [0] * WORLD_SIZE, "\n".join(outputs)
     return [torch.load(results / f"{rank}.pt", weights_only=True) for rank in range(WORLD_SIZE)]
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_ranks_have_the_loss_curve_of_one_process(name: str, rank_results: list[dict], image_folder: Path) -> None:
+def test_two_ranks_have_the_loss_curve_of_one_process(name, rank_results, image_folder):
     single, double = train_case(image_folder, CASES[name]), rank_results[0][name]
     is_bf16 = name == "bf16"
     assert len(double["rows"]) == len(single["rows"])
@@ -58,17 +53,15 @@ def test_two_ranks_have_the_loss_curve_of_one_process(name: str, rank_results: l
         torch.testing.assert_close(double["states"], single["states"], rtol=1e-3, atol=atol)
 
 
-def test_all_ranks_hold_the_same_bits(rank_results: list[dict]) -> None:
+def test_all_ranks_hold_the_same_bits(rank_results):
     first, second = ({name: result[name]["states"] for name in [*CASES, *OTHERS, "stopped"]} for result in rank_results)
     torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
-def test_norm_statistics_are_averaged_over_the_ranks(rank_results: list[dict], image_folder: Path) -> None:
+def test_norm_statistics_are_averaged_over_the_ranks(rank_results, image_folder):
     """The mean of two equal shards' means is the batch mean; averaged variances lack the variance between shards."""
-    single, double = (
-        result["states"]["raw"]
-        for result in (train_case(image_folder, OTHERS["one step"]), rank_results[0]["one step"])
-    )
+    single = train_case(image_folder, OTHERS["one step"])["states"]["raw"]
+    double = rank_results[0]["one step"]["states"]["raw"]
     mean, variance = "backbone.stem.1.running_mean", "backbone.stem.1.running_var"
     torch.testing.assert_close(double[mean], single[mean])
     assert float(single[mean].abs().max()) > 0.001
@@ -76,12 +69,12 @@ def test_norm_statistics_are_averaged_over_the_ranks(rank_results: list[dict], i
     assert not torch.equal(double[variance], single[variance])
 
 
-def test_frozen_norms_stay_unchanged(rank_results: list[dict]) -> None:
+def test_frozen_norms_stay_unchanged(rank_results):
     state = rank_results[0]["frozen norms"]["states"]["raw"]
     assert all(not state[name].any() for name in state if name.endswith("running_mean"))
 
 
-def test_stopping_one_rank_stops_all_and_they_resume_to_the_same_bits(rank_results: list[dict]) -> None:
+def test_stopping_one_rank_stops_all_and_they_resume_to_the_same_bits(rank_results):
     assert [result["stopped"]["signal"] for result in rank_results] == [15, 15]
     for result in rank_results:
         assert result["shared"]["word"] == "of 0", "all ranks get the value of rank 0"
@@ -92,9 +85,7 @@ def test_stopping_one_rank_stops_all_and_they_resume_to_the_same_bits(rank_resul
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_every_row_is_predicted_once_and_all_ranks_get_the_result(
-    count: int, rank_results: list[dict], image_folder: Path
-) -> None:
+def test_every_row_is_predicted_once_and_all_ranks_get_the_result(count, rank_results, image_folder):
     single = predict_rows(image_folder, count)
     parts = [result["predicted"][str(count)] for result in rank_results]
     for part in parts:
@@ -108,7 +99,7 @@ def test_every_row_is_predicted_once_and_all_ranks_get_the_result(
 
 @pytest.mark.parametrize("world_size", [1, 3, 8])
 @pytest.mark.parametrize("count", [0, 5, 6, 17])
-def test_shards_are_disjoint_and_complete(world_size: int, count: int) -> None:
+def test_shards_are_disjoint_and_complete(world_size, count):
     shards = [ProcessGroup(Rank(rank, world_size)).shard(count) for rank in range(world_size)]
     rows = list(range(count))
     if count < 2 * world_size:
@@ -127,7 +118,7 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_synchronised_norms_on_gpus_give_the_same_output(name: str) -> None:
+def test_synchronised_norms_on_gpus_give_the_same_output(name):
     torch.manual_seed(0)
     network, images = NETWORKS[name](), torch.rand(2, 3, 32, 32)
     names, expected = list(network.state_dict()), network.eval()(images)
