@@ -1,8 +1,10 @@
 """Fixtures shared by tests in several folders."""
 
+import fcntl
 import logging
+import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,13 +97,26 @@ def products(tmp_path_factory: pytest.TempPathFactory) -> DrawnProducts:
     return DrawnProducts(root, category)
 
 
+def make_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """Return a folder that the first process of pytest-xdist makes; the other ones wait for it."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with open(f"{folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.with_suffix(".done").exists():
+            folder.mkdir()
+            make(folder)
+            folder.with_suffix(".done").touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def toy_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the toy images with all its steps; read-only: a test that changes it uses `copy_run`."""
-    return make_toy_run(draw_toy_images(tmp_path_factory.mktemp("toy")))
+    return make_once(tmp_path_factory, "toy-run", lambda folder: make_toy_run(draw_toy_images(folder)))
 
 
 @pytest.fixture(scope="session")
 def product_run(products: DrawnProducts, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the drawn products; read-only."""
-    return make_product_run(products.root, tmp_path_factory.mktemp("product-run"))
+    return make_once(tmp_path_factory, "product-run", lambda folder: make_product_run(products.root, folder))
