@@ -64,40 +64,36 @@ def test_ground_truth_without_test_images_gives_a_warning(data: Path, caplog: py
         submit.main([f"train={data}", f"eval={data / 'no'}"])
 
 
-def test_dry_run_runs_nothing_and_prints_commands_that_work(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runs = data / "my runs"
-    common = [f"train={data / 'train'}", f"eval={data / 'test'}", f"runs={runs}", "run=r", "split.folds=3", "--dry-run"]
-    assert submit.main([*common, "check=false"]) == 0
-    printed = capsys.readouterr().out
+def test_submit_and_status_end_to_end(
+    data: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Run the split by its printed command; then submit an evaluation, which fails without models."""
+    runs, truth = data / "my runs", data / "test" / "gt.csv"
+    common = [f"train={data / 'train'}", f"runs={runs}", "run=r", "split.folds=3", "check=false"]
+    assert submit.main([*common, f"eval={truth.parent}", "--dry-run"]) == 0
+    printed = capfd.readouterr().out
     assert not runs.exists()
-    assert f"SM_CHANNEL_GROUND_TRUTH={data / 'test' / 'gt.csv'}" in printed
+    assert f"SM_CHANNEL_GROUND_TRUTH={truth}" in printed
     assert printed.count(" -m fivefold.jobs train-fold ") == 3
-
     block = printed.split("\n\n")[1]
     assert block.startswith("# split\n")
     pasted = subprocess.run(["sh", "-e"], input=block, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert pasted.returncode == 0, pasted.stderr
     assert (runs / "r" / "split" / "output" / "folds.parquet").is_file()
 
-
-def test_submit_and_status_end_to_end(
-    data: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
     monkeypatch.setenv("FOLD", "1")
     monkeypatch.setenv("TRAIN__EPOCHS", "many")
-    common = [f"train={data / 'train'}", f"runs={data / 'runs'}", "run=r", "split.folds=3"]
-    assert submit.main([*common, "stages=split"]) == 0
-    assert "FOLD, TRAIN__EPOCHS" in caplog.text
-    assert "no model is trained yet" in capfd.readouterr().out
     assert submit.main([*common, "stages=evaluate"]) == MissingInputError.exit_code
-    assert "evaluate failed (exit code 66)" in capfd.readouterr().err
-
-    assert status.main([f"runs={data / 'runs'}"]) == 0
+    assert "FOLD, TRAIN__EPOCHS" in caplog.text
+    output = capfd.readouterr()
+    assert "evaluate failed (exit code 66)" in output.err
+    assert "no model is trained yet" in output.out
+    assert status.main([f"runs={runs}"]) == 0
     lines = {line.split()[0]: line for line in capfd.readouterr().out.splitlines() if line}
     assert "done" in lines["split"]
     assert "failed (66)" in lines["evaluate"]
     assert "waiting" in lines["fold-2"]
-    assert [step["name"] for step in read_json(data / "runs" / "r" / "plan.json")["steps"]][:2] == ["split", "fold-0"]
+    assert [step["name"] for step in read_json(runs / "r" / "plan.json")["steps"]][:2] == ["split", "fold-0"]
 
 
 def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
