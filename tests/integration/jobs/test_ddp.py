@@ -300,21 +300,6 @@ def test_two_processes_read_each_bucket_file_once_and_upload_the_same_results(
         assert bucket.read(key) == (uninterrupted_run / "model" / name).read_bytes(), name
 
 
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        ({"NPROC": "2", "TRAIN__BATCH_SIZE": "3"}, "train.batch_size=3"),
-        ({"NPROC": "2", "TRAIN__LR": "fast"}, "train.lr"),
-        ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK=2"),
-    ],
-)
-def test_invalid_numbers_exit_64(more, message, split_data, tmp_path, caplog):
-    arguments = [item for item in SMALL_MODEL if not item.startswith(("train.batch_size", "train.lr"))]
-    assert run("train-fold", arguments, make_environment(split_data, tmp_path, **more)) == 64
-    assert failure(tmp_path).startswith(message)
-    assert not (tmp_path / "model").exists()
-
-
 def test_other_stages_run_only_on_the_first_host(split_data, tmp_path):
     second_rank = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
     for name, more, runs in (

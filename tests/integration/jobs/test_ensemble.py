@@ -9,9 +9,8 @@ import pytest
 
 from fivefold import predictions
 from fivefold.contract.files import read_json
-from fivefold.data.split.fold_table import read_folds
 from fivefold.predictions import Predictions
-from toy_data import failure, noise_in, read_cells, run_stage, write_csv, write_data
+from toy_data import failure, read_cells, run_stage, write_csv, write_data
 
 CARS = ("718_박스터", "718_스파이더", "K5")
 IDS = [f"TEST_{number}" for number in range(6)]
@@ -181,15 +180,6 @@ def test_incompatible_tables_fail_with_an_error_and_no_output(workspace, tables,
     assert run_without_train(workspace, "ensemble", "out", EVAL=None, SUBMISSIONS=workspace / "runs") == 65
     assert message in failure(workspace / "out")
     assert not list((workspace / "out" / "output").rglob("*.*"))
-
-
-def test_split_merges_aliased_classes(workspace):
-    noise_in(workspace / "train", CARS, 2)
-    merge = (PAIR, "data.alias_policy=merge")
-    assert run_without_train(workspace, "split", "split", *merge, "split.folds=2", TRAIN=workspace / "train") == 0
-    split = read_folds(workspace / "split" / "output" / "folds.parquet")
-    assert split.classes == ("718_박스터", "K5")
-    assert np.bincount(split.codes).tolist() == [4, 2]
 
 
 def test_truth_with_either_alias_matches_the_merged_class(workspace):

@@ -92,6 +92,9 @@ def test_setting_sources_override_each_other_in_order(images, tmp_path, capfd):
         ("train-fold", [], {"FOLD": "2", "JOB_COMPLETION_INDEX": "3"}, 64, "FOLD=2 and JOB_COMPLETION_INDEX=3 differ"),
         ("train-fold", [], {"FOLD": "-1"}, 64, "fold=-1 (environment): at least 0 is needed"),
         ("split", [], {"SEED": "-1"}, 64, "seed=-1 (environment): at least 0 is needed"),
+        ("train-fold", ["train.batch_size=3"], {"NPROC": "2"}, 64, "train.batch_size=3"),
+        ("train-fold", ["train.lr=fast"], {"NPROC": "2"}, 64, "train.lr"),
+        ("train-fold", [], {"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, 64, "RANK=2"),
         ("split", [], {"MASTER_PORT": "tcp://10.96.0.12:7077"}, 66, "split needs the channel 'train'"),
     ],
 )

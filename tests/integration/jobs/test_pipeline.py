@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fivefold import predictions
 from fivefold.contract.files import read_json, sha256, write_json
@@ -37,7 +38,9 @@ def test_fold_writes_a_complete_model_and_its_out_of_fold_rows(toy_run):
     assert log[0].startswith("epoch,train_loss,train_acc,val_loss,val_acc,val_logloss")
     assert len(log) == 4
     assert (toy_run / "fold-1" / "output" / "training_curves.png").stat().st_size > 5_000
-    assert list((toy_run / "fold-1" / "output" / "tensorboard").glob("events.*"))
+    events = EventAccumulator(str(toy_run / "fold-1" / "output" / "tensorboard")).Reload()
+    assert {"Train/loss", "Train/lr", "Val/accuracy"} <= set(events.Tags()["scalars"])
+    assert [image.step for image in events.Images("Val/examples")] == [info["best"]["epoch"]]
 
 
 def test_ensemble_is_the_mean_of_its_models_in_the_sample_columns(toy_run):
@@ -247,22 +250,3 @@ def test_student_of_any_teacher_is_not_leak_free_and_may_have_another_network(
     assert (info["settings"]["model"] == fold_info["settings"]["model"]) == same_network
     if not same_network:
         assert run_stage(toy_run, "ensemble", tmp_path / "ensemble", MODEL=tmp_path / "student" / "model") == 0
-
-
-@pytest.mark.parametrize(
-    ("name", "change", "message"),
-    [
-        ("model.safetensors", lambda content: content[:-1] + b"x", "see stage.json beside it"),
-        ("model.json", lambda content: content.replace("빨강 차".encode(), b"red car"), "red car"),
-    ],
-)
-def test_damaged_teacher_or_one_with_other_classes_gives_one_clear_error(toy_run, tmp_path, name, change, message):
-    teacher = tmp_path / "teacher"
-    shutil.copytree(toy_run / "fold-1" / "model", teacher)
-    (teacher / name).write_bytes(change((teacher / name).read_bytes()))
-    if "stage.json" not in message:
-        (teacher / "stage.json").write_text("{}")  # as written before records held digests
-    arguments = [*LEARNS, f"distill.teacher={teacher}"]
-    assert run_stage(toy_run, "distill", tmp_path / "out", *arguments, MODEL=toy_run) == 65
-    assert message in failure(tmp_path / "out")
-    assert not list((tmp_path / "out").rglob("*.safetensors"))
