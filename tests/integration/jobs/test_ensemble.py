@@ -95,13 +95,6 @@ def test_ensemble_rejects_sample_with_other_ids_and_ignores_index_column(workspa
     assert "6 of the 6 ids of the sample submission" in failure(workspace / "bad")
 
 
-def test_ensemble_reruns_after_a_file_changes(workspace):
-    setting = f"ensemble.submissions={workspace / 'csv' / 'output_eva.csv'},{workspace / 'csv' / 'output_nfnet.csv'}"
-    first, _ = blend_files(workspace, setting, SUBMISSIONS=None)
-    write_submission(workspace / "csv" / "output_eva.csv", np.full((6, 3), 1 / 3))
-    assert (blend_files(workspace, setting, SUBMISSIONS=None)[0] != first).any()
-
-
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

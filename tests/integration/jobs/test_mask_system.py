@@ -176,37 +176,26 @@ def test_inference_combines_models_of_different_factors_automatically(mask_data,
         assert int(answer) == codes[0] * 6 + codes[1] * 3 + ("<30", "<60", ">=60").index(age_labels[name])
 
 
-@pytest.fixture(scope="module")
-def product_ensemble(mask_data: Path, factor_models: Path) -> Path:
-    run_and_check(mask_data, "ensemble", mask_data / "joined", "ensemble.blend=product", SM_CHANNEL_MODEL=factor_models)
-    return mask_data / "joined"
-
-
-def test_product_ensemble_predicts_all_18_classes(mask_data, factor_models, product_ensemble):
-    predicted = predictions.read(product_ensemble / "output" / "predictions.parquet")
+def test_product_ensemble_predicts_and_is_evaluated_on_all_18_classes(mask_data, factor_models, tmp_path):
+    models, output = {"SM_CHANNEL_MODEL": factor_models}, tmp_path / "joined" / "output"
+    run_and_check(mask_data, "ensemble", tmp_path / "joined", "ensemble.blend=product", **models)
+    predicted = predictions.read(output / "predictions.parquet")
     assert predicted.classes == tuple(sorted(map(str, range(18))))
     truth = dict(read_cells(mask_data / "truth" / "gt.csv")[1:])
     codes = [predicted.classes.index(truth[name]) for name in predicted.ids]
     assert (predicted.log_probs.argmax(axis=1) == codes).mean() > 0.5  # 1/18 by chance
-    rows = read_cells(product_ensemble / "output" / "submission.csv")
+    rows = read_cells(output / "submission.csv")
     assert rows[0] == ["ImageID", "ans"]
     assert {label for _, label in rows[1:]} <= set(map(str, range(18)))
 
-    summary = read_json(product_ensemble / "output" / "ensemble.json")
+    summary = read_json(output / "ensemble.json")
     assert summary["weights"] == {"ages": 1.0, "masks": 1.0}
     scores = [(score["what"].removeprefix("single models of "), score["n"]) for score in summary["scores"]]
     assert scores == [("ages", 24 * 7), ("masks", 24 * 7), ("ages × masks", 24 * 7)]
 
-
-def test_product_ensemble_is_evaluated_on_the_combined_classes(mask_data, factor_models, product_ensemble):
-    channels = {
-        "SM_CHANNEL_PREDICTIONS": product_ensemble / "output",
-        "SM_CHANNEL_MODEL": factor_models,
-        "SM_GROUND_TRUTH_DIR": mask_data / "truth",
-    }
-    run_and_check(mask_data, "evaluate", mask_data / "report", **channels)
-    metrics = read_json(mask_data / "report" / "output" / "metrics.json")
-    summary = read_json(product_ensemble / "output" / "ensemble.json")
+    channels = {**models, "SM_CHANNEL_PREDICTIONS": output, "SM_GROUND_TRUTH_DIR": mask_data / "truth"}
+    run_and_check(mask_data, "evaluate", tmp_path / "report", **channels)
+    metrics = read_json(tmp_path / "report" / "output" / "metrics.json")
     assert metrics["test"]["n"] == 36
     assert metrics["oof"]["accuracy"] == pytest.approx(summary["scores"][-1]["accuracy"], abs=1e-5)
     assert metrics["oof"]["what"].startswith("product of 4 fold models")

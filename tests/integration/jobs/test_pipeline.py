@@ -156,12 +156,13 @@ def test_vote_of_folds_and_blending_a_submission_file_with_its_models(toy_run, t
     assert "a system of the models" in failure(tmp_path / "twice")
 
 
-def test_initial_weights_are_part_of_the_stage_key(toy_run, tmp_path):
-    job, path = context_from_env(STAGES["train-fold"], variables(toy_run, tmp_path), tmp_path), tmp_path / "start.pth"
+@pytest.mark.parametrize("key", ["model.weights", "distill.teacher", "ensemble.submissions"])
+def test_content_of_a_path_in_the_settings_is_part_of_the_stage_key(key, toy_run, tmp_path):
+    job, path = context_from_env(STAGES["train-fold"], variables(toy_run, tmp_path), tmp_path), tmp_path / "file"
     keys = set()
     for content in ("a", "b"):
         path.write_text(content)
-        keys.add(compute_key(job, {"model.weights": str(path)}).digest())
+        keys.add(compute_key(job, {key: [str(path)] if key == "ensemble.submissions" else str(path)}).digest())
     assert len(keys) == 2
 
 

@@ -46,17 +46,6 @@ def test_invalid_arguments_are_rejected(data: Path, arguments: list[str], messag
     assert not (data / "runs").exists()
 
 
-@pytest.mark.parametrize("file", ["runs", "runs/r/ensemble"])
-def test_file_in_place_of_a_run_folder_is_rejected(data: Path, file: str) -> None:
-    (data / file).parent.mkdir(parents=True, exist_ok=True)
-    (data / file).touch()
-    with pytest.raises(SettingsError, match=f"cannot write to {data}/runs/r"):
-        submit.main(
-            [f"train={data / 'train'}", f"eval={data / 'test'}", f"runs={data / 'runs'}", "run=r", "check=false"]
-        )
-    assert not (data / "runs" / "r" / "split" / "log.txt").exists(), "a stage was started"
-
-
 def test_ground_truth_without_test_images_gives_a_warning(data: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert submit.main([f"train={data / 'train'}", f"ground_truth={data / 'test'}", "check=false", "--dry-run"]) == 0
     assert any("without eval=" in r.message and r.levelname == "WARNING" for r in caplog.records)
