@@ -8,8 +8,6 @@ import pytest
 
 from fivefold.contract.files import read_json
 from fivefold.errors import MissingInputError, SettingsError
-from fivefold.launchers.plan import Inputs, make_plan
-from fivefold.launchers.status import write_plan
 from jobs import status, submit
 from toy_data import REPOSITORY, noise, noise_in, write_csv
 
@@ -83,6 +81,10 @@ def test_submit_and_status_end_to_end(
     assert "failed (66)" in lines["evaluate"]
     assert "waiting" in lines["fold-2"]
     assert [step["name"] for step in read_json(runs / "r" / "plan.json")["steps"]][:2] == ["split", "fold-0"]
+    with pytest.raises(MissingInputError, match="no run .digits."):
+        status.main([f"runs={runs}", "run=digits"])
+    with pytest.raises(SettingsError, match="did you mean .run."):
+        status.main(["rum=r"])
 
 
 def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,18 +102,3 @@ def test_increment_picks_the_next_free_run_name(data: Path, capsys: pytest.Captu
         (runs / expected).mkdir(parents=True)
     assert submit.main([*arguments, "--dry-run"]) == 0  # without increment, a run of the same name continues
     assert "# run exp in" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        (["run=digit"], MissingInputError, "did you mean 'digits'"),
-        (["runs=nowhere"], MissingInputError, "no run below"),
-        (["rum=digits"], SettingsError, "did you mean 'run'"),
-    ],
-)
-def test_status_explains_why_it_cannot_be_shown(tmp_path, monkeypatch, arguments, error, message):
-    monkeypatch.chdir(tmp_path)
-    write_plan(make_plan(Inputs(train="t", eval="e"), ["split.folds=2"], run="digits", runs="runs"))
-    with pytest.raises(error, match=message):
-        status.main(arguments)
