@@ -129,7 +129,8 @@ def make_run(root: Path, classes: tuple[str, str], seed: int, models: int) -> Pa
     for fold in range(models):
         folder = root / "model" / f"fold-{fold}"
         assert run("train-fold", [f"FOLD={fold}", *SETTINGS], make_variables(root, folder, ("TRAIN", "FOLDS"))) == 0
-    assert run("ensemble", [], make_variables(root, root / "predictions", ("EVAL", "SUBMISSIONS"))) == 0
+    channels = ("EVAL", "MODEL", "FOLDS") if models == 2 else ("EVAL", "SUBMISSIONS")
+    assert run("ensemble", [], make_variables(root, root / "predictions", channels)) == 0
     state = load_file(root / "model" / "fold-0" / "model.safetensors")
     backbone = {n.removeprefix("backbone."): tensor for n, tensor in state.items() if n.startswith("backbone.")}
     (root / "weights").mkdir()

@@ -166,27 +166,30 @@ def test_content_of_a_path_in_the_settings_is_part_of_the_stage_key(key, toy_run
     assert len(keys) == 2
 
 
+WEIGHTS = "model.weights={tmp}/w.pth"
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "content", "code"),
     [
-        ("train-fold", ["FOLD=0", "data.cache=cache", "model.weights=w.pth"], None, 66),
-        ("train-fold", ["FOLD=0", "data.cache=cache", "model.weights=w.pth"], b"text", 65),
-        ("train-fold", ["FOLD=0", "data.cache=cache", "model.weights=w.pth"], {"fc.weight": torch.ones(3)}, 64),
-        ("distill", ["distill.teacher=ensemble", "distill.model.weights=w.pth"], None, 66),
-        ("train", ["model.weights=w.pth"], None, 66),
+        ("train-fold", ["FOLD=0", "data.cache={tmp}/cache", WEIGHTS], None, 66),
+        ("train-fold", ["FOLD=0", "data.cache={tmp}/cache", WEIGHTS], b"text", 65),
+        ("train-fold", ["FOLD=0", "data.cache={tmp}/cache", WEIGHTS], {"fc.weight": torch.ones(3)}, 64),
+        ("distill", ["distill.teacher=ensemble", "distill.model.weights={tmp}/w.pth"], None, 66),
+        ("train", [WEIGHTS], None, 66),
     ],
 )
 def test_unusable_initial_weights_are_reported_before_images_are_read(
-    toy_run, tmp_path, monkeypatch, name, arguments, content, code
+    toy_run, tmp_path, name, arguments, content, code
 ):
-    monkeypatch.chdir(tmp_path)
     if isinstance(content, bytes):
-        Path("w.pth").write_bytes(content)
+        (tmp_path / "w.pth").write_bytes(content)
     elif content:
-        torch.save(content, "w.pth")
-    Path("none").mkdir()  # an empty train channel: reading an image would fail
+        torch.save(content, tmp_path / "w.pth")
+    (tmp_path / "none").mkdir()  # an empty train channel: reading an image would fail
     channels = {"MODEL": toy_run, "TRAIN": tmp_path / "none"}
-    assert run_stage(toy_run, name, tmp_path / "out", *LEARNS, *arguments, **channels) == code
+    formatted = [text.format(tmp=tmp_path) for text in arguments]
+    assert run_stage(toy_run, name, tmp_path / "out", *LEARNS, *formatted, **channels) == code
     assert "w.pth" in failure(tmp_path / "out")
 
 
@@ -229,6 +232,18 @@ def test_defect_car_b5_student_is_not_selected_on_training_images_of_its_teacher
         write_json(folder / "stage.json", {})
     assert run_stage(toy_run, "distill", tmp_path / "bad", *arguments, MODEL=tmp_path / "models", FOLDS=folds) == 64
     assert "needs a holdout" in failure(tmp_path / "bad")
+
+
+def test_defect_car_convnext_validation_has_no_augmentation_and_every_class(toy_run, tmp_path):
+    """The original validated on randomly cropped and flipped images, with a split that was not stratified."""
+    crops = 'augment.train=[{"name": "random_resized_crop", "scale": [0.08, 0.1]}]'
+    arguments = ["FOLD=0", *LEARNS, "train.epochs=1", "predict.tta=plain", crops]
+    assert run_stage(toy_run, "train-fold", tmp_path, *arguments) == 0
+    oof = predictions.read(tmp_path / "model" / "oof.parquet")
+    true_log_probs = oof.log_probs[np.arange(len(oof)), oof.codes()]
+    best = read_json(tmp_path / "model" / "model.json")["best"]
+    assert best["logloss"] == pytest.approx(-true_log_probs.astype(float).mean(), rel=1e-5)
+    assert np.bincount(oof.codes()).tolist() == [9, 9, 9]
 
 
 @pytest.mark.parametrize(
