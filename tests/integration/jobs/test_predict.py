@@ -216,7 +216,7 @@ def test_api_gives_equal_results_for_paths_bytes_and_pillow_images(api, products
     inputs = [str(path), path, path.read_bytes(), Image.open(path), Image.open(path).convert("HSV"), turned.getvalue()]
     results = api.predict([*inputs, Image.open(BytesIO(turned.getvalue())), None, 7])
     assert len({row["predicted_class"] for row in results[:7]}) == 1
-    assert np.ptp([row["confidence"] for row in results[:7]]) < 0.01
+    assert np.ptp([row["confidence"] for row in results[:7]]) < 0.05
     assert [row["image_path"] for row in results[:4]] == [str(path), str(path), "image 2", str(path)]
     assert [row["predicted_class"] for row in results[7:]] == ["ERROR", "ERROR"]
     (single,) = api.predict(path)

@@ -246,7 +246,6 @@ def test_unavailable_store_exits_75_and_the_same_command_succeeds_later(filled_b
 @pytest.mark.parametrize(
     ("variables", "code", "message"),
     [
-        ({"SM_CHANNEL_TRAIN": "gs://b/k"}, 64, "SM_CHANNEL_TRAIN is a"),
         ({"SM_CHANNEL_TRAIN": "s3://key:hush@b/k"}, 64, "a user or a key"),
         ({"SM_CHANNEL_TRAIN": "s3://{}/no/where"}, 66, "/no/where: no"),
         ({"SM_CHANNEL_TRAIN": "s3://no such bucket!/x"}, 64, "s3://no such bucket!/x"),

@@ -260,14 +260,11 @@ def test_model_comes_from_the_first_source_that_is_set(tmp_path) -> None:
     assert serve.model_path(environ, Settings()) == str(tmp_path / "model")
 
 
-def test_model_may_be_a_tarball_or_lie_in_a_bucket(trained_run, bucket, tmp_path) -> None:
-    shutil.make_archive(str(tmp_path / "packed/model"), "gztar", trained_run / "distill/model")
+def test_model_may_lie_in_a_bucket(trained_run, bucket, tmp_path) -> None:
     for path in (trained_run / "distill/model").iterdir():
         bucket.write(f"student/{path.name}", path.read_bytes())
-    for number, model in enumerate((str(tmp_path / "packed"), f"s3://{bucket.name}/student")):
-        (tmp_path / str(number)).mkdir()
-        ensemble = serve.load_served_model(model, Settings(), tmp_path / str(number))
-        assert (len(ensemble.models), len(ensemble.classes)) == (1, 4)
+    ensemble = serve.load_served_model(f"s3://{bucket.name}/student", Settings(), tmp_path)
+    assert (len(ensemble.models), len(ensemble.classes)) == (1, 4)
 
 
 POD_BYTES = 4 * 1024**3
