@@ -1,5 +1,6 @@
 """Fixtures shared by tests in several folders. Slow imports are inside them: the controller of pytest-xdist needs none of them."""
 
+import fcntl
 import gc
 import logging
 import os
@@ -107,17 +108,16 @@ def products(tmp_path_factory: pytest.TempPathFactory) -> DrawnProducts:
 
 
 def make_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """Return a folder that all processes of pytest share: the first one that needs it makes it, and others wait."""
-    from fivefold.contract.files import folder_lock
-
-    session = factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else factory.getbasetemp()
-    done = session / f"{name}-lock" / "done"
-    with folder_lock(done.parent):
-        if not done.exists():
-            (session / name).mkdir()
-            make(session / name)
-            done.touch()
-    return session / name
+    """Return a folder that the first process of pytest-xdist makes; the other ones wait for it."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with open(f"{folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.with_suffix(".done").exists():
+            folder.mkdir()
+            make(folder)
+            folder.with_suffix(".done").touch()
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,7 @@ SETTINGS = [*MODEL, "train.epochs=1", "train.batch_size=8", "train.precision=fp3
 """A network that trains in a moment."""
 LEARNS = [
     *MODEL, "train.epochs=3", "train.batch_size=16", "train.lr=0.02", "train.ema_decay=0.9", "train.precision=fp32",
-    'augment.train=["random_crop", "horizontal_flip"]', "augment.batch_mix=cutmix", "predict.tta=plain,flip",
+    'augment.train=["random_crop", "horizontal_flip"]', "augment.batch_mix=cutmix", "predict.tta=plain,flip", "train.loggers=[]",
 ]  # fmt: skip
 """A network that learns the toy images."""
 LEARNS_PRODUCTS = [

@@ -93,7 +93,9 @@ def test_serve_predicts_like_the_student_and_exits_with_143_when_stopped(image, 
     project(NEW, "up", "--detach", "serve")
     address = "http://" + project(NEW, "port", "serve", "8080").stdout.strip()
     session = requests.Session()
-    session.mount("http://", HTTPAdapter(max_retries=Retry(60, backoff_factor=0.1, backoff_max=1, status_forcelist=[503])))
+    session.mount(
+        "http://", HTTPAdapter(max_retries=Retry(60, backoff_factor=0.1, backoff_max=1, status_forcelist=[503]))
+    )
     assert session.get(f"{address}/ping").status_code == 200
     png = (digits / "test" / "TEST_00000.png").read_bytes()
     prediction = session.post(f"{address}/invocations", png, headers={"Content-Type": "image/png"}).json()

@@ -14,7 +14,6 @@ from fivefold.contract.files import read_json
 from fivefold.launchers.kubernetes import launch as kubernetes
 from fivefold.launchers.plan import Inputs, make_plan
 from kubernetes_schemas import read
-from s3_server import Bucket
 
 pytestmark = pytest.mark.docker
 

@@ -30,7 +30,13 @@ SYSTEMS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_recipe_trains_one_step_at_full_size(name, tmp_path):
-    overrides = "model.pretrained=false train.epochs=1 train.batch_size=2 train.device=cpu train.num_workers=0".split()
+    overrides = [
+        "model.pretrained=false",
+        "train.epochs=1",
+        "train.batch_size=2",
+        "train.device=cpu",
+        "train.num_workers=0",
+    ]
     settings, classes = load([arguments_layer([f"recipe={name}", *overrides])]), SYSTEMS[name]
     generator = np.random.default_rng(0)
     for number in range(2):

@@ -1,6 +1,5 @@
 """One fold trained by several processes through the entrypoint: results, signals, hosts and torchrun."""
 
-import json
 import os
 import signal
 import socket
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 
 from fivefold import predictions
+from fivefold.contract.files import read_json
 from jobs.__main__ import run
 from s3_server import Proxy
 from toy_data import REPOSITORY, RESUMES, environment, failure, run_stage, tinted_in, variables
@@ -106,25 +106,6 @@ def rank_pids(process: subprocess.Popen[str]) -> list[int]:
 def assert_same_files(one: Path, other: Path) -> None:
     for name in MODEL_FILES:
         assert (one / "model" / name).read_bytes() == (other / "model" / name).read_bytes(), name
-
-
-@pytest.mark.slow
-def test_two_processes_match_one_and_predict_every_row_once(split_data, tmp_path):
-    arguments = ["FOLD=0", *WITHOUT_BATCHNORM]
-    assert run("train-fold", arguments, make_environment(split_data, tmp_path / "one")) == 0
-    assert run("train-fold", arguments, make_environment(split_data, tmp_path / "two", NPROC="2")) == 0
-    for one, two in zip(read_curve(tmp_path / "one"), read_curve(tmp_path / "two"), strict=True):
-        assert two == pytest.approx(one, rel=1e-4, abs=1e-5)
-    for name in ("oof", "holdout"):
-        one, two = (predictions.read(tmp_path / which / "model" / f"{name}.parquet") for which in ("one", "two"))
-        assert list(one.ids) == list(two.ids)
-        assert len(set(two.ids)) == len(two.ids) > 10
-        np.testing.assert_allclose(two.log_probs, one.log_probs, rtol=1e-3, atol=1e-4)
-    records = [json.loads((tmp_path / which / "model" / "stage.json").read_text()) for which in ("one", "two")]
-    assert [record["processes"] for record in records] == [1, 2]
-    assert records[0]["key"] == records[1]["key"], "the number of processes is not part of the key"
-    models = [json.loads((tmp_path / which / "model" / "model.json").read_text()) for which in ("one", "two")]
-    assert [model.get("processes") for model in models] == [None, 2]
 
 
 @pytest.mark.slow
@@ -260,7 +241,7 @@ def test_torchrun_can_start_the_ranks(split_data, uninterrupted_run, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_train_a_student_and_a_model_without_a_split(split_data, tmp_path):
+def test_two_processes_match_one_for_a_student_and_train_a_model_without_a_split(split_data, tmp_path):
     def run_in_processes(count: int, stage: str, folder: Path, *arguments: str, **more: object) -> None:
         environ = make_environment(split_data, folder, NPROC=str(count), **more)
         if stage == "train":
@@ -275,6 +256,14 @@ def test_two_processes_train_a_student_and_a_model_without_a_split(split_data, t
         run_in_processes(count, "distill", folder, *teacher, SM_CHANNEL_MODEL=models)
     for one, two in zip(read_curve(students[1]), read_curve(students[2]), strict=True):
         assert two == pytest.approx(one, rel=1e-3, abs=1e-4)
+    one, two = (predictions.read(folder / "model" / "holdout.parquet") for folder in students.values())
+    assert list(one.ids) == list(two.ids)
+    np.testing.assert_allclose(two.log_probs, one.log_probs, rtol=1e-3, atol=1e-4)
+    records = [read_json(folder / "model" / "stage.json") for folder in students.values()]
+    assert [record["processes"] for record in records] == [1, 2]
+    assert records[0]["key"] == records[1]["key"], "the number of processes is not part of the key"
+    models = [read_json(folder / "model" / "model.json") for folder in students.values()]
+    assert [model.get("processes") for model in models] == [None, 2]
     run_in_processes(2, "train", tmp_path / "train", "train.epochs=1")
     assert (tmp_path / "train" / "output" / "split" / "folds.parquet").is_file()
 
@@ -298,21 +287,6 @@ def test_two_processes_read_each_bucket_file_once_and_upload_the_same_results(
     for name in MODEL_FILES:
         (key,) = [key for key in bucket.listed("model/") if key.endswith(f"/{name}")]
         assert bucket.read(key) == (uninterrupted_run / "model" / name).read_bytes(), name
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        ({"NPROC": "2", "TRAIN__BATCH_SIZE": "3"}, "train.batch_size=3"),
-        ({"NPROC": "2", "TRAIN__LR": "fast"}, "train.lr"),
-        ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK=2"),
-    ],
-)
-def test_invalid_numbers_exit_64(more, message, split_data, tmp_path, caplog):
-    arguments = [item for item in SMALL_MODEL if not item.startswith(("train.batch_size", "train.lr"))]
-    assert run("train-fold", arguments, make_environment(split_data, tmp_path, **more)) == 64
-    assert failure(tmp_path).startswith(message)
-    assert not (tmp_path / "model").exists()
 
 
 def test_other_stages_run_only_on_the_first_host(split_data, tmp_path):

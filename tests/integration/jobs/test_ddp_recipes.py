@@ -7,21 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import toy_layouts
 from fivefold import predictions
 from fivefold.config.recipes import shipped_recipes
 from jobs.__main__ import run
+from reference_systems import SYSTEMS
+from toy_layouts import draw_cars
 
 pytestmark = pytest.mark.slow
 
-SMOKE = {
-    "car_convnext_tiny": (toy_layouts.draw_cars, "open.zip"),
-    "car_efficientnet_b5": (toy_layouts.draw_cars, "open.zip"),
-    "sketch_caformer": (toy_layouts.draw_sketches, "data"),
-    "product_image_type": (toy_layouts.draw_products, "data"),
-    "mask_profile": (toy_layouts.draw_faces, "train"),
-}
-"""For each recipe with a smoke variant: the function that generates its data, and the path of the training images."""
 SMALL_RUN = ["split.folds=2", "train.epochs=2", "train.warmup_epochs=1", "train.batch_size=8"]
 NARROW = 'model.backbone_kwargs={"widths": [16, 16], "stem": 8}'
 OTHERS = {"demo": SMALL_RUN, "small_images": [*SMALL_RUN, NARROW, "augment.mixup_off_epochs=1"]}
@@ -30,11 +23,11 @@ OTHERS = {"demo": SMALL_RUN, "small_images": [*SMALL_RUN, NARROW, "augment.mixup
 
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_two_processes_train_a_fold_of_each_recipe(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    draw, train = SMOKE.get(name, (toy_layouts.draw_cars, "open/train"))
-    draw(tmp_path)
+    (SYSTEMS[name].draw if name in SYSTEMS else draw_cars)(tmp_path)
+    train = next(tmp_path / path for path in ("open.zip", "data", "train") if (tmp_path / path).exists())
     monkeypatch.chdir(tmp_path)
     arguments = [f"recipe={name}", *OTHERS[name]] if name in OTHERS else [f"recipe={name}:smoke"]
-    channels = {**os.environ, "SM_CHANNEL_TRAIN": str(tmp_path / train), "SM_CHANNEL_FOLDS": str(tmp_path / "split")}
+    channels = {**os.environ, "SM_CHANNEL_TRAIN": str(train), "SM_CHANNEL_FOLDS": str(tmp_path / "split")}
     assert run("split", arguments, {**channels, "SM_OUTPUT_DATA_DIR": str(tmp_path / "split")}) == 0
     outputs = {"SM_MODEL_DIR": str(tmp_path / "model"), "SM_OUTPUT_DATA_DIR": str(tmp_path / "output")}
     processes = {"NPROC": "2", "OMP_NUM_THREADS": "1"}

@@ -9,9 +9,8 @@ import pytest
 
 from fivefold import predictions
 from fivefold.contract.files import read_json
-from fivefold.data.split.fold_table import read_folds
 from fivefold.predictions import Predictions
-from toy_data import failure, noise_in, read_cells, run_stage, write_csv, write_data
+from toy_data import failure, read_cells, run_stage, write_csv, write_data
 
 CARS = ("718_박스터", "718_스파이더", "K5")
 IDS = [f"TEST_{number}" for number in range(6)]
@@ -96,13 +95,6 @@ def test_ensemble_rejects_sample_with_other_ids_and_ignores_index_column(workspa
     assert "6 of the 6 ids of the sample submission" in failure(workspace / "bad")
 
 
-def test_ensemble_reruns_after_a_file_changes(workspace):
-    setting = f"ensemble.submissions={workspace / 'csv' / 'output_eva.csv'},{workspace / 'csv' / 'output_nfnet.csv'}"
-    first, _ = blend_files(workspace, setting, SUBMISSIONS=None)
-    write_submission(workspace / "csv" / "output_eva.csv", np.full((6, 3), 1 / 3))
-    assert (blend_files(workspace, setting, SUBMISSIONS=None)[0] != first).any()
-
-
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -181,15 +173,6 @@ def test_incompatible_tables_fail_with_an_error_and_no_output(workspace, tables,
     assert run_without_train(workspace, "ensemble", "out", EVAL=None, SUBMISSIONS=workspace / "runs") == 65
     assert message in failure(workspace / "out")
     assert not list((workspace / "out" / "output").rglob("*.*"))
-
-
-def test_split_merges_aliased_classes(workspace):
-    noise_in(workspace / "train", CARS, 2)
-    merge = (PAIR, "data.alias_policy=merge")
-    assert run_without_train(workspace, "split", "split", *merge, "split.folds=2", TRAIN=workspace / "train") == 0
-    split = read_folds(workspace / "split" / "output" / "folds.parquet")
-    assert split.classes == ("718_박스터", "K5")
-    assert np.bincount(split.codes).tolist() == [4, 2]
 
 
 def test_truth_with_either_alias_matches_the_merged_class(workspace):

@@ -49,7 +49,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return read_json(folder / "stage.json")["settings"]
 
 
-def test_sagemaker_job_runs_with_only_its_folders_set(images, tmp_path):
+def test_sagemaker_job_runs_with_only_its_folders_set(images, tmp_path, monkeypatch, capfd):
     texts = {"stage": '"split"', "split.folds": '"2"', "run": "7", "sagemaker_program": '"x"'}
     environ = make_sagemaker_folders(tmp_path, images, **texts)
     first = call_jobs("train", **environ)
@@ -60,21 +60,20 @@ def test_sagemaker_job_runs_with_only_its_folders_set(images, tmp_path):
     newest = max(data.iterdir(), key=lambda path: path.stat().st_mtime_ns)
     assert newest.name == "stage.json"
     # SDK v3's local mode passes no argument at all; STAGE then comes from the job's environment.
-    second = call_jobs(**environ, STAGE="split")
-    assert second.returncode == 0
-    assert "split: nothing to do" in second.stderr
-    assert f" match {data / 'stage.json'}" in second.stderr
+    for name, value in {**environ, "STAGE": "split"}.items():
+        monkeypatch.setenv(name, value)
+    assert main([]) == 0
+    assert f"split: nothing to do: inputs, settings and outputs match {data / 'stage.json'}" in capfd.readouterr().err
 
 
-def test_setting_sources_override_each_other_in_order(images, tmp_path):
+def test_setting_sources_override_each_other_in_order(images, tmp_path, capfd):
     (tmp_path / "r.json").write_text(json.dumps({"split": {"folds": 8, "seed": 8, "holdout": 0.4, "stratify": False}}))
     values = {"split.folds": "7", "split.seed": "7", "split.holdout": "0.3", "recipe": str(tmp_path / "r.json")}
     environ = make_sagemaker_folders(tmp_path / "ml", images, **values)
     environ |= {"SM_HP_SPLIT__FOLDS": "6", "SM_HP_SPLIT__SEED": "6", "SM_HP_SPLIT__OPEN-IMAGES": ""}
     environ |= {"SPLIT__FOLDS": "5", "SM_OUTPUT_DATA_DIR": str(tmp_path / "own"), "TRAIN": "x", "MODEL_DIR": "y"}
-    process = call_jobs("split", "SPLIT.FOLDS=4", "train.epochs=3", **environ)
-    assert process.returncode == 0, process.stderr
-    assert "split does not use: train.epochs" in process.stderr
+    assert run("split", ["SPLIT.FOLDS=4", "train.epochs=3"], environ) == 0
+    assert "split does not use: train.epochs" in capfd.readouterr().err
     settings = read_settings(tmp_path / "own")
     actual = {key: settings[f"split.{key}"] for key in ("folds", "seed", "holdout", "stratify", "verify_images")}
     assert actual == {"folds": 4, "seed": 6, "holdout": 0.3, "stratify": False, "verify_images": True}
@@ -93,6 +92,9 @@ def test_setting_sources_override_each_other_in_order(images, tmp_path):
         ("train-fold", [], {"FOLD": "2", "JOB_COMPLETION_INDEX": "3"}, 64, "FOLD=2 and JOB_COMPLETION_INDEX=3 differ"),
         ("train-fold", [], {"FOLD": "-1"}, 64, "fold=-1 (environment): at least 0 is needed"),
         ("split", [], {"SEED": "-1"}, 64, "seed=-1 (environment): at least 0 is needed"),
+        ("train-fold", ["train.batch_size=3"], {"NPROC": "2"}, 64, "train.batch_size=3"),
+        ("train-fold", ["train.lr=fast"], {"NPROC": "2"}, 64, "train.lr"),
+        ("train-fold", [], {"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, 64, "RANK=2"),
         ("split", [], {"MASTER_PORT": "tcp://10.96.0.12:7077"}, 66, "split needs the channel 'train'"),
     ],
 )

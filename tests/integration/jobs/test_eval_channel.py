@@ -14,6 +14,7 @@ from jobs import submit
 from toy_data import SETTINGS, failure, noise_in, read_rows, run_stage, write_csv, write_test_table
 
 UNREADABLE = ("images/1.png", "images/3.png")
+PARTS = "split.ratios=0.6,0.2,0.2"
 
 
 def draw_inputs(root: Path) -> Path:
@@ -97,11 +98,10 @@ def test_run_with_unreadable_test_images_fails_before_training(workspace):
 
 @pytest.fixture(scope="module")
 def trained_run(tmp_path_factory) -> Path:
-    """A run of two trained folds and their ensemble."""
+    """A run of one model and its ensemble."""
     root = draw_inputs(tmp_path_factory.mktemp("trained"))
-    assert run_split(root, "split.holdout=0.2") == 0
-    for fold in range(2):
-        assert run_stage(root, "train-fold", f"fold-{fold}", f"FOLD={fold}", *SETTINGS) == 0
+    assert run_split(root, PARTS) == 0
+    assert run_stage(root, "train-fold", "fold-0", "FOLD=0", *SETTINGS) == 0
     assert run_stage(root, "ensemble", "ensemble", MODEL=root) == 0
     return root
 
@@ -128,7 +128,7 @@ def test_prediction_names_unreadable_images_or_uses_class_shares(corrupt_run, tr
     assert run_stage(trained_run, stage, corrupt_run / "whole", MODEL=trained_run) == 0
     rows, expected_rows = read_rows(output / file), read_rows(corrupt_run / "whole" / "output" / file)
     table = read_folds(corrupt_run / "split" / "output" / "folds.parquet")
-    counts = Counter(table.labels()[table.part == "train"])
+    counts = Counter(table.labels()[table.part != "test"])
     assert sum(counts.values()) == 16
     for row, expected in zip(rows, expected_rows, strict=True):
         if f"images/{row['ID']}.png" in UNREADABLE:
@@ -170,9 +170,9 @@ def test_split_warns_about_and_lists_test_images_equal_to_its_own(workspace, cap
 def test_evaluate_also_scores_test_images_that_are_not_in_the_split(trained_run, tmp_path, capsys):
     root = Path(shutil.copytree(trained_run, tmp_path / "run"))
     truth = write_csv(root / "gt.csv", [["ID", "label"], *zip(range(5), "abbab", strict=True)])
-    channels = {"MODEL": root, "PREDICTIONS": root / "ensemble" / "output", "GROUND_TRUTH": truth}
+    channels = {"PREDICTIONS": root / "ensemble" / "output", "GROUND_TRUTH": truth}
     copy_as_bmp(root)
-    assert run_split(root, "split.holdout=0.2") == 0
+    assert run_split(root, PARTS) == 0
     assert run_stage(root, "train-fold", "fold-0", "FOLD=0", *SETTINGS) == 0
     assert "nothing to do" in capsys.readouterr().err.splitlines()[-1], "changed test images must not retrain a fold"
     assert run_stage(root, "evaluate", "evaluate", **channels) == 0
@@ -190,8 +190,8 @@ def test_evaluate_has_no_second_score_if_all_test_images_are_in_the_split(traine
     for number in range(5):
         shutil.copy(root / "train" / "a" / f"{number}.png", root / "eval" / "images")
     truth = write_csv(root / "gt.csv", [["ID", "label"], *((n, "a") for n in range(5))])
-    assert run_split(root, "split.holdout=0.2") == 0
-    channels = {"MODEL": root, "PREDICTIONS": root / "ensemble" / "output", "GROUND_TRUTH": truth}
+    assert run_split(root, PARTS) == 0
+    channels = {"PREDICTIONS": root / "ensemble" / "output", "GROUND_TRUTH": truth}
     assert run_stage(root, "evaluate", "evaluate", **channels) == 0
     metrics = read_json(root / "evaluate" / "output" / "metrics.json")["test"]
     assert (metrics["in_split"], "not_in_split" in metrics) == (5, False)

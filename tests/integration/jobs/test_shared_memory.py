@@ -46,6 +46,7 @@ except RuntimeError as error:
 """
 
 
+@pytest.mark.slow
 def test_batches_lost_for_lack_of_shared_memory_exit_75():
     mount_command = 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"'
     isolated = ["unshare", "--mount", "sh", "-c", mount_command, "sh"]

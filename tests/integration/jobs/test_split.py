@@ -131,27 +131,6 @@ def test_folds_equal_those_of_a_scikit_learn_notebook_row_by_row(tmp_path, argum
     assert actual.part.tolist() == expected.part.tolist()
 
 
-@pytest.mark.parametrize(
-    ("names", "arguments", "code", "message"),
-    [
-        (None, [], 66, "does not exist"),
-        ([".hidden"], [], 65, "holds no images"),
-        (["only/1.png"], [], 65, "only 1 class"),
-        (["only/1.png"], ["split.fold=3"], 64, "split.folds"),
-        (["a/1.png", "a/2.png", "b/1.png"], [], 64, "split.folds=5"),
-        (["only/1.png"], ["split.seed=-1"], 64, "split.seed=-1"),
-        (["only/1.png"], ["data.layout=tree"], 64, "mask_profiles"),
-    ],
-)
-def test_bad_input_has_its_own_exit_code(tmp_path, names, arguments, code, message, capsys):
-    if names:
-        write_data(tmp_path / "train", *names)
-    assert run_split(tmp_path, *arguments) == code
-    errors = capsys.readouterr().err
-    assert (message in errors, "Traceback" in errors) == (True, False)
-    assert not list((tmp_path / "split" / "output").glob("*"))
-
-
 def test_digest_without_image_verification_covers_tables_and_names(tmp_path):
     write_data(tmp_path, "a.png", "b.zip", train="path,label\n")
 

@@ -8,8 +8,6 @@ import pytest
 
 from fivefold.contract.files import read_json
 from fivefold.errors import MissingInputError, SettingsError
-from fivefold.launchers.plan import Inputs, make_plan
-from fivefold.launchers.status import write_plan
 from jobs import status, submit
 from toy_data import REPOSITORY, noise, noise_in, write_csv
 
@@ -46,17 +44,6 @@ def test_invalid_arguments_are_rejected(data: Path, arguments: list[str], messag
     assert not (data / "runs").exists()
 
 
-@pytest.mark.parametrize("file", ["runs", "runs/r/ensemble"])
-def test_file_in_place_of_a_run_folder_is_rejected(data: Path, file: str) -> None:
-    (data / file).parent.mkdir(parents=True, exist_ok=True)
-    (data / file).touch()
-    with pytest.raises(SettingsError, match=f"cannot write to {data}/runs/r"):
-        submit.main(
-            [f"train={data / 'train'}", f"eval={data / 'test'}", f"runs={data / 'runs'}", "run=r", "check=false"]
-        )
-    assert not (data / "runs" / "r" / "split" / "log.txt").exists(), "a stage was started"
-
-
 def test_ground_truth_without_test_images_gives_a_warning(data: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert submit.main([f"train={data / 'train'}", f"ground_truth={data / 'test'}", "check=false", "--dry-run"]) == 0
     assert any("without eval=" in r.message and r.levelname == "WARNING" for r in caplog.records)
@@ -64,40 +51,40 @@ def test_ground_truth_without_test_images_gives_a_warning(data: Path, caplog: py
         submit.main([f"train={data}", f"eval={data / 'no'}"])
 
 
-def test_dry_run_runs_nothing_and_prints_commands_that_work(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runs = data / "my runs"
-    common = [f"train={data / 'train'}", f"eval={data / 'test'}", f"runs={runs}", "run=r", "split.folds=3", "--dry-run"]
-    assert submit.main([*common, "check=false"]) == 0
-    printed = capsys.readouterr().out
+def test_submit_and_status_end_to_end(
+    data: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Run the split by its printed command; then submit an evaluation, which fails without models."""
+    runs, truth = data / "my runs", data / "test" / "gt.csv"
+    common = [f"train={data / 'train'}", f"runs={runs}", "run=r", "split.folds=3", "check=false"]
+    assert submit.main([*common, f"eval={truth.parent}", "--dry-run"]) == 0
+    printed = capfd.readouterr().out
     assert not runs.exists()
-    assert f"SM_CHANNEL_GROUND_TRUTH={data / 'test' / 'gt.csv'}" in printed
+    assert f"SM_CHANNEL_GROUND_TRUTH={truth}" in printed
     assert printed.count(" -m fivefold.jobs train-fold ") == 3
-
     block = printed.split("\n\n")[1]
     assert block.startswith("# split\n")
     pasted = subprocess.run(["sh", "-e"], input=block, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert pasted.returncode == 0, pasted.stderr
     assert (runs / "r" / "split" / "output" / "folds.parquet").is_file()
 
-
-def test_submit_and_status_end_to_end(
-    data: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
     monkeypatch.setenv("FOLD", "1")
     monkeypatch.setenv("TRAIN__EPOCHS", "many")
-    common = [f"train={data / 'train'}", f"runs={data / 'runs'}", "run=r", "split.folds=3"]
-    assert submit.main([*common, "stages=split"]) == 0
-    assert "FOLD, TRAIN__EPOCHS" in caplog.text
-    assert "no model is trained yet" in capfd.readouterr().out
     assert submit.main([*common, "stages=evaluate"]) == MissingInputError.exit_code
-    assert "evaluate failed (exit code 66)" in capfd.readouterr().err
-
-    assert status.main([f"runs={data / 'runs'}"]) == 0
+    assert "FOLD, TRAIN__EPOCHS" in caplog.text
+    output = capfd.readouterr()
+    assert "evaluate failed (exit code 66)" in output.err
+    assert "no model is trained yet" in output.out
+    assert status.main([f"runs={runs}"]) == 0
     lines = {line.split()[0]: line for line in capfd.readouterr().out.splitlines() if line}
     assert "done" in lines["split"]
     assert "failed (66)" in lines["evaluate"]
     assert "waiting" in lines["fold-2"]
-    assert [step["name"] for step in read_json(data / "runs" / "r" / "plan.json")["steps"]][:2] == ["split", "fold-0"]
+    assert [step["name"] for step in read_json(runs / "r" / "plan.json")["steps"]][:2] == ["split", "fold-0"]
+    with pytest.raises(MissingInputError, match="no run .digits."):
+        status.main([f"runs={runs}", "run=digits"])
+    with pytest.raises(SettingsError, match="did you mean .run."):
+        status.main(["rum=r"])
 
 
 def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,18 +102,3 @@ def test_increment_picks_the_next_free_run_name(data: Path, capsys: pytest.Captu
         (runs / expected).mkdir(parents=True)
     assert submit.main([*arguments, "--dry-run"]) == 0  # without increment, a run of the same name continues
     assert "# run exp in" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        (["run=digit"], MissingInputError, "did you mean 'digits'"),
-        (["runs=nowhere"], MissingInputError, "no run below"),
-        (["rum=digits"], SettingsError, "did you mean 'run'"),
-    ],
-)
-def test_status_explains_why_it_cannot_be_shown(tmp_path, monkeypatch, arguments, error, message):
-    monkeypatch.chdir(tmp_path)
-    write_plan(make_plan(Inputs(train="t", eval="e"), ["split.folds=2"], run="digits", runs="runs"))
-    with pytest.raises(error, match=message):
-        status.main(arguments)

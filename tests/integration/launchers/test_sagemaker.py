@@ -119,9 +119,7 @@ def test_signal_leaves_the_job_running_and_the_next_submit_follows_it(service, b
         job.stopped, service.hold = True, ""
 
     service.calls.clear()
-    with act_when(
-        lambda: service.calls.count("SageMaker.DescribeTrainingJob") > 2, fail_for_a_while_and_stop_the_job
-    ):
+    with act_when(lambda: service.calls.count("SageMaker.DescribeTrainingJob") > 2, fail_for_a_while_and_stop_the_job):
         assert run_submit(*args)[0] == 143
     assert len(service.jobs) == 1
 

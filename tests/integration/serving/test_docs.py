@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 import boto3
-import pytest
 
 from fivefold.config.loading import environment_layer
 from fivefold.config.schema import Serve

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 
 from toy_data import noise
 
@@ -32,6 +33,7 @@ for number in (signal.SIGINT, signal.SIGTERM):
 """
 
 
+@pytest.mark.slow
 def test_signal_to_the_process_group_stops_the_process_but_not_its_workers(tmp_path):
     """A terminal's ^C and `timeout` signal the whole group. A worker that died of it would make training fail."""
     for number in range(11):

@@ -29,10 +29,10 @@ def absolute_difference(actual: torch.Tensor, expected: np.ndarray) -> np.ndarra
 
 
 EXACT = [
-    (lambda image: horizontal_flip(image, 1.0), lambda A: A.HorizontalFlip(p=1), 0),
-    (lambda image: brightness(image, -0.2), lambda A: A.RandomBrightnessContrast((-0.2, -0.2), (0, 0), p=1), 1),
-    (lambda image: centre_crop_pixels(image, 96, 20), lambda A: A.CenterCrop(96, 20, pad_if_needed=True), 0),
-    (lambda image: centre_crop_pixels(image, 120, 90), lambda A: A.CenterCrop(120, 90, pad_if_needed=True), 0),
+    (lambda image: horizontal_flip(image, 1.0), lambda lib: lib.HorizontalFlip(p=1), 0),
+    (lambda image: brightness(image, -0.2), lambda lib: lib.RandomBrightnessContrast((-0.2, -0.2), (0, 0), p=1), 1),
+    (lambda image: centre_crop_pixels(image, 96, 20), lambda lib: lib.CenterCrop(96, 20, pad_if_needed=True), 0),
+    (lambda image: centre_crop_pixels(image, 120, 90), lambda lib: lib.CenterCrop(120, 90, pad_if_needed=True), 0),
 ]
 
 
