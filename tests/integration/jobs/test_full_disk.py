@@ -30,10 +30,11 @@ def run_in_folder(root: Path, name: str, folder: Path) -> int:
 @pytest.mark.parametrize("name", STAGES)
 def test_full_disk_exits_with_75_and_leaves_no_partial_files(name, toy_run, small_disk, tmp_path):
     folder = small_disk / "out"
-    (small_disk / "filler").write_bytes(bytes((8 * 1024 - 4) * 1024))
-    assert run_in_folder(toy_run, name, folder) == 75
-    assert failure(tmp_path / "failed")
-    assert not (folder / "stage.json").exists()
-    assert not list(small_disk.rglob(".*.tmp")), "temporary files remain"
-    (small_disk / "filler").unlink()
+    for free_kib in (0, 4):
+        (small_disk / "filler").write_bytes(bytes((8 * 1024 - free_kib) * 1024))
+        assert run_in_folder(toy_run, name, folder) == 75
+        assert failure(tmp_path / "failed")
+        assert not (folder / "stage.json").exists()
+        assert not list(small_disk.rglob(".*.tmp")), "temporary files remain"
+        (small_disk / "filler").unlink()
     assert run_in_folder(toy_run, name, folder) == 0

@@ -54,7 +54,7 @@ def test_command_line_prints_one_result_and_stores_it_in_its_own_folder(
     assert list(row) == HEADER
     printed = json.loads(capsys.readouterr().out)
     assert printed["image_path"] == row["image_path"] == str(image)
-    assert printed["predicted_class"] == row["predicted_class"] != "ERROR"
+    assert printed["predicted_class"] == row["predicted_class"] == "full_shot"
     assert 0.25 < printed["confidence"] == pytest.approx(float(row["confidence"]), abs=1e-6)
 
 
@@ -119,7 +119,7 @@ def test_unreadable_images_give_error_rows_and_the_stage_continues(product_run, 
     assert [row["image_path"] for row in results] == ["좋다.png", *bad[:4], "tiny.png", "thin.png", "", "좋다.png"]
     errors = [row for row in results if row["predicted_class"] == "ERROR"]
     assert ([row["image_path"] for row in errors], {row["confidence"] for row in errors}) == (bad, {"0.000000"})
-    assert results[0]["predicted_class"] == results[-1]["predicted_class"]
+    assert results[0]["predicted_class"] == results[-1]["predicted_class"] == "full_shot"
     assert (metrics(tmp_path / "out")["errors"], metrics(tmp_path / "out")["test"]["n"]) == (5, 1)
     (row,) = predict_files(product_run, folder / "broken.png", tmp_path / "none")
     assert row["predicted_class"] == "ERROR"
@@ -134,7 +134,7 @@ def test_unsupported_formats_give_error_rows_and_content_decides_the_format(prod
         (folder / name).write_bytes(b"nothing")
     results = predict_files(product_run, folder, tmp_path / "out")
     assert [row["image_path"] for row in results] == ["a.png", "b", "c.dng", "d.HEIC"]
-    assert [row["predicted_class"] == "ERROR" for row in results] == [False, False, True, True]
+    assert [row["predicted_class"] for row in results] == ["full_shot", "full_shot", "ERROR", "ERROR"]
 
 
 def test_formula_in_a_file_name_is_escaped_in_the_table(tmp_path):
@@ -152,8 +152,7 @@ def test_folders_named_after_classes_give_the_true_classes(product_run, tmp_path
         Image.new("RGB", (16, 16), "red").save(tmp_path / "images" / name / "1.png")
     rows = predict_files(product_run, tmp_path / "images", tmp_path / "out")
     assert [row["true_class"] for row in rows] == ["care_label", "full_shot"]
-    wrong = [row["true_class"] for row in rows if row["predicted_class"] != row["true_class"]]
-    assert sorted(row["true_class"] for row in read_rows(tmp_path / "out" / "wrong_test.csv")) == wrong != []
+    assert [row["true_class"] for row in read_rows(tmp_path / "out" / "wrong_test.csv")] == ["care_label"]
 
 
 @pytest.mark.parametrize(
@@ -215,8 +214,7 @@ def test_api_gives_equal_results_for_paths_bytes_and_pillow_images(api, products
     Image.open(path).rotate(90, expand=True).save(turned, "PNG", exif=exif)
     inputs = [str(path), path, path.read_bytes(), Image.open(path), Image.open(path).convert("HSV"), turned.getvalue()]
     results = api.predict([*inputs, Image.open(BytesIO(turned.getvalue())), None, 7])
-    assert len({row["predicted_class"] for row in results[:7]}) == 1
-    assert np.ptp([row["confidence"] for row in results[:7]]) < 0.05
+    assert len({(row["predicted_class"], round(row["confidence"], 2)) for row in results[:7]}) == 1
     assert [row["image_path"] for row in results[:4]] == [str(path), str(path), "image 2", str(path)]
     assert [row["predicted_class"] for row in results[7:]] == ["ERROR", "ERROR"]
     (single,) = api.predict(path)

@@ -2,6 +2,10 @@
 
 import json
 import re
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,8 +23,8 @@ from fivefold.launchers.plan import Inputs, make_plan
 from fivefold.predictions import read
 from fivefold.stages.image_source import cache_folder
 from jobs.__main__ import run
+from toy_data import REPOSITORY, copy_run, draw, environment, failure, read_rows, run_stage, variables, write_test_table
 from toy_data import SETTINGS as TINY
-from toy_data import copy_run, failure, read_rows, run_stage, write_test_table
 
 pytestmark = pytest.mark.slow
 
@@ -223,14 +227,34 @@ def test_steps_of_a_local_run_share_one_cache_unless_set_otherwise(tmp_path):
 
 
 def test_stage_with_a_run_uses_the_finished_cache_of_prepare(tmp_path):
-    def variables(stage: str) -> Mapping[str, str]:
+    def run_variables(stage: str) -> Mapping[str, str]:
         return env_for_run(STAGES[stage], {}, str(tmp_path / "first"), 0)
 
     output = tmp_path / "first" / "prepare" / "output"
     output.mkdir(parents=True)
-    assert "SM_CHANNEL_CACHE" not in variables("train-fold"), "prepare has not finished"
+    assert "SM_CHANNEL_CACHE" not in run_variables("train-fold"), "prepare has not finished"
     (output / "stage.json").write_text("{}")
     for name in ("train-fold", "ensemble", "distill"):
-        assert variables(name)["SM_CHANNEL_CACHE"] == str(output)
-    assert "SM_CHANNEL_CACHE" not in variables("evaluate")
-    assert variables("prepare")["SM_OUTPUT_DATA_DIR"] == str(output)
+        assert run_variables(name)["SM_CHANNEL_CACHE"] == str(output)
+    assert "SM_CHANNEL_CACHE" not in run_variables("evaluate")
+    assert run_variables("prepare")["SM_OUTPUT_DATA_DIR"] == str(output)
+
+
+def test_sigterm_exits_143_leaves_nothing_and_a_rerun_builds_the_cache(tmp_path):
+    random = np.random.default_rng(0)
+    for number in range(80):
+        draw(tmp_path / "train" / "ab"[number % 2] / f"{number}.png", random, size=(400, 400))
+    assert run_step(tmp_path, "split", "split", "split.folds=2") == 0
+    output = tmp_path / "prepared"
+    environ = environment(**variables(tmp_path, "prepared", EVAL=None, SM_OUTPUT_DATA_DIR=output))
+    process = subprocess.Popen([sys.executable, "-m", "jobs", "prepare"], env=environ, cwd=REPOSITORY)
+    deadline = time.monotonic() + 60
+    while not any(path.stat().st_size > 10**6 for path in output.glob(".*.tmp/pixels.u8")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, "the stage ended before the signal"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    assert not [path for path in output.iterdir() if not path.name.endswith(".lock")]
+    assert run_step(tmp_path, "prepare", "prepared", SM_OUTPUT_DATA_DIR=output) == 0
+    Cache(next(output.glob(f"*/{HEADER_FILE}")).parent).verify()

@@ -81,9 +81,9 @@ def test_submit_and_status_end_to_end(
     assert "failed (66)" in lines["evaluate"]
     assert "waiting" in lines["fold-2"]
     assert [step["name"] for step in read_json(runs / "r" / "plan.json")["steps"]][:2] == ["split", "fold-0"]
-    with pytest.raises(MissingInputError, match="no run .digits."):
+    with pytest.raises(MissingInputError, match=r"no run .digits."):
         status.main([f"runs={runs}", "run=digits"])
-    with pytest.raises(SettingsError, match="did you mean .run."):
+    with pytest.raises(SettingsError, match=r"did you mean .run."):
         status.main(["rum=r"])
 
 

@@ -369,7 +369,7 @@ def test_job_that_has_not_started_is_replaced_if_its_resources_change(cluster, c
         assert launch(cluster, memory) == 130
     first = cluster.uids()
     assert set(first) == {"split"}
-    cluster.script_pods()
+    cluster.script_pods(split={"0": [{"code": 0, "creating": 12}]})
     assert launch(cluster, *([] if "memory" in override else [memory]), override, stages=("split",)) == 0
     assert (cluster.uids() == first) == (override == "train.epochs=4"), "split does not use train.epochs"
     assert ("fivefold-r-split had not started" in capsys.readouterr().err) == (override != "train.epochs=4")
