@@ -152,16 +152,7 @@ def build_trainer(
         scored_models=scored,
         train=train,
         valid=valid,
-        config=LoopConfig(
-            epochs=chosen.epochs,
-            batch_size=chosen.batch_size,
-            predict_batch_size=predict_batch_size(settings),
-            accumulate=chosen.grad_accum_steps,
-            patience=patience,
-            validate_every=chosen.validate_every,
-            seed=settings.seed,
-            workers=choose_workers(chosen.num_workers, runtime, largest_batch_bytes(settings)),
-        ),
+        config=_loop_config(settings, runtime, patience),
         batches=partial(sampler, codes.cpu().numpy(), chosen.batch_size, settings.seed, drop_last=chosen.drop_last),
         mixing=_build_mixing(settings),
         update=update,
@@ -172,6 +163,20 @@ def build_trainer(
         select=select,
         runtime=runtime,
         components=parts | {RUNTIME: PrecisionState(runtime)},
+    )
+
+
+def _loop_config(settings: Settings, runtime: Runtime, patience: int) -> LoopConfig:
+    chosen = settings.train
+    return LoopConfig(
+        epochs=chosen.epochs,
+        batch_size=chosen.batch_size,
+        predict_batch_size=predict_batch_size(settings),
+        accumulate=chosen.grad_accum_steps,
+        patience=patience,
+        validate_every=chosen.validate_every,
+        seed=settings.seed,
+        workers=choose_workers(chosen.num_workers, runtime, largest_batch_bytes(settings)),
     )
 
 
