@@ -1,23 +1,16 @@
 """Fixtures shared by tests in several folders. Slow imports are inside them: the controller of pytest-xdist needs none of them."""
 
 import fcntl
-import gc
 import logging
 import os
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import pytest
 
 from s3_server import Bucket, run_server
-
-
-def pytest_collection_finish() -> None:
-    """Exclude the imported modules from garbage collections: pytest makes five at the end, each of a second."""
-    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -56,11 +49,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
-    """The endpoint of a real server for S3's protocol; all tests of a process share it, and one parsed copy of AWS's models."""
-    from botocore.loaders import create_loader
-
-    with run_server() as endpoint, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("botocore.session.create_loader", cache(create_loader))
+    """The endpoint of a real server for S3's protocol; all tests of a process share it."""
+    with run_server() as endpoint:
         yield endpoint
 
 

@@ -109,6 +109,25 @@ def assert_same_files(one: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
+def test_two_processes_match_one_and_predict_every_row_once(split_data, tmp_path):
+    arguments = ["FOLD=0", *WITHOUT_BATCHNORM]
+    assert run("train-fold", arguments, make_environment(split_data, tmp_path / "one")) == 0
+    assert run("train-fold", arguments, make_environment(split_data, tmp_path / "two", NPROC="2")) == 0
+    for one, two in zip(read_curve(tmp_path / "one"), read_curve(tmp_path / "two"), strict=True):
+        assert two == pytest.approx(one, rel=1e-4, abs=1e-5)
+    for name in ("oof", "holdout"):
+        one, two = (predictions.read(tmp_path / which / "model" / f"{name}.parquet") for which in ("one", "two"))
+        assert list(one.ids) == list(two.ids)
+        assert len(set(two.ids)) == len(two.ids) > 10
+        np.testing.assert_allclose(two.log_probs, one.log_probs, rtol=1e-3, atol=1e-4)
+    records = [read_json(tmp_path / which / "model" / "stage.json") for which in ("one", "two")]
+    assert [record["processes"] for record in records] == [1, 2]
+    assert records[0]["key"] == records[1]["key"], "the number of processes is not part of the key"
+    models = [read_json(tmp_path / which / "model" / "model.json") for which in ("one", "two")]
+    assert [model.get("processes") for model in models] == [None, 2]
+
+
+@pytest.mark.slow
 def test_all_ranks_skip_a_finished_stage(split_data, uninterrupted_run):
     log = wait_for_exit(start_training(split_data, uninterrupted_run))
     assert log.count("train-fold: nothing to do") == 1

@@ -33,6 +33,15 @@ def test_demo_writes_every_digit_once_and_a_fifth_of_every_class_as_test_images(
         assert shares[0] / shares[1] == pytest.approx(0.2, abs=0.005)
 
 
+def test_demo_writes_tables_in_competition_format(demo_folder: Path) -> None:
+    table, sample = (read_cells(demo_folder / "test" / f"{name}.csv") for name in ("test", "sample_submission"))
+    assert table[0] == ["ID", "img_path"]
+    assert sample[0] == ["ID", *"0123456789"]
+    assert [row[0] for row in table] == [row[0] for row in sample]
+    assert all((demo_folder / "test" / path).is_file() for _, path in table[1:])
+    assert (demo_folder / "test" / "sample_submission.csv").read_bytes().startswith(b"\xef\xbb\xbfID,")
+
+
 def test_demo_keeps_complete_files_and_rewrites_incomplete_ones(demo_folder: Path) -> None:
     def times() -> dict[Path, int]:
         return {path: path.stat().st_mtime_ns for path in demo_folder.rglob("*.*")}

@@ -9,8 +9,9 @@ import pytest
 
 from fivefold import predictions
 from fivefold.contract.files import read_json
+from fivefold.data.split.fold_table import read_folds
 from fivefold.predictions import Predictions
-from toy_data import failure, read_cells, run_stage, write_csv, write_data
+from toy_data import failure, noise_in, read_cells, run_stage, write_csv, write_data
 
 CARS = ("718_박스터", "718_스파이더", "K5")
 IDS = [f"TEST_{number}" for number in range(6)]
@@ -175,6 +176,15 @@ def test_incompatible_tables_fail_with_an_error_and_no_output(workspace, tables,
     assert not list((workspace / "out" / "output").rglob("*.*"))
 
 
+def test_split_merges_aliased_classes(workspace):
+    noise_in(workspace / "train", CARS, 2)
+    merge = (PAIR, "data.alias_policy=merge")
+    assert run_without_train(workspace, "split", "split", *merge, "split.folds=2", TRAIN=workspace / "train") == 0
+    split = read_folds(workspace / "split" / "output" / "folds.parquet")
+    assert split.classes == ("718_박스터", "K5")
+    assert np.bincount(split.codes).tolist() == [4, 2]
+
+
 def test_truth_with_either_alias_matches_the_merged_class(workspace):
     probs = np.array([[0.45, 0.45, 0.1], [0.45, 0.45, 0.1], [0.05, 0.05, 0.9]] * 2)
     channels = {"PREDICTIONS": write_submission(workspace / "s.csv", probs), "GROUND_TRUTH": workspace / "gt.csv"}
@@ -213,3 +223,10 @@ def test_single_probability_submission_can_be_evaluated_and_compared(workspace):
     assert run_without_train(workspace, "compare", "compared", files, setting, **channels) == 0
     facts = read_json(workspace / "compared" / "output" / "comparison.json")["experiments"]
     assert facts[0]["test"]["logloss"] == pytest.approx(metrics["logloss"], abs=1e-5)
+
+
+def test_ensemble_reruns_after_a_file_changes(workspace):
+    setting = f"ensemble.submissions={workspace / 'csv' / 'output_eva.csv'},{workspace / 'csv' / 'output_nfnet.csv'}"
+    first, _ = blend_files(workspace, setting, SUBMISSIONS=None)
+    write_submission(workspace / "csv" / "output_eva.csv", np.full((6, 3), 1 / 3))
+    assert (blend_files(workspace, setting, SUBMISSIONS=None)[0] != first).any()

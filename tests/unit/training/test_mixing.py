@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from fivefold.errors import SettingsError
-from fivefold.training.mixing import Mixing, cutmix
+from fivefold.training.mixing import Mixing, cutmix, mixup
 from fivefold.training.objectives import MicroBatch
 
 IMAGES = torch.arange(4 * 3 * 8 * 8, dtype=torch.float32).reshape(4, 3, 8, 8)
@@ -50,3 +50,10 @@ def test_mixing_depends_only_on_the_seed():
 def test_mixing_stops_after_its_last_epoch(name, last, mixed):
     mixing, rows = Mixing(name, alpha=1.0, p=1.0, last=last), MicroBatch(IMAGES, TARGETS)
     assert [epoch for epoch in (1, 3, 4, 9) if mixing(rows, epoch, (0, epoch)) is not rows] == mixed
+
+
+@pytest.mark.parametrize("mix", [mixup, cutmix])
+def test_mixing_with_lambda_one_is_the_identity(mix):
+    images, lam = mix(IMAGES, 1.0, IMAGES[ORDER], np.random.default_rng(0))
+    torch.testing.assert_close(images, IMAGES)
+    assert lam == 1.0

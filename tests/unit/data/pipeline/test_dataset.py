@@ -141,3 +141,9 @@ def test_only_training_drops_a_last_batch_of_few_rows(rows, batch_size, drop_las
     dropped = [set(range(rows)) - {row for batch in epoch for _, row in batch} for epoch in batches]
     assert sum(sizes) == rows or dropped[0] != dropped[1] or dropped[0] != dropped[2]
     assert sum(map(len, sequential_batches(rows, batch_size))) == rows
+
+
+def test_sample_seeds_are_unique():
+    seeds = {derive_seed(seed, epoch, row) for seed in range(5) for epoch in range(5) for row in range(40)}
+    assert len(seeds) == 1000
+    assert min(seeds) >= 0
