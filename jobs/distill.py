@@ -22,7 +22,7 @@ from fivefold.training.loggers import stdout_logger
 
 def main(job: StageContext, settings: Settings) -> StageResult:
     """Train the student; return its model directory (`role: student`), and its holdout figures if there is a holdout."""
-    student = settings.student()
+    student = build.resolve_inputs(settings.student())
     build.check_training(student)
     split, table = read_split(job, student.model.label_factors)
     models = find_models(job.channel("model"), job.scratch)

@@ -3,6 +3,7 @@
 from fivefold import build
 from fivefold.config.schema import Settings
 from fivefold.contract.job import StageContext, StageResult
+from fivefold.data.split.assign import group_codes
 from fivefold.errors import SettingsError
 from fivefold.log import log
 from fivefold.stages import image_source
@@ -13,6 +14,7 @@ from fivefold.training.trainer import TrainData
 
 def main(job: StageContext, settings: Settings) -> StageResult:
     """Train the fold that the settings name; return its model directory and its out-of-fold figures."""
+    settings = build.resolve_inputs(settings)
     build.check_training(settings)
     split, table = read_split(job, settings.model.label_factors)
     fold = select_fold(settings.fold, table.num_folds)
@@ -29,7 +31,9 @@ def main(job: StageContext, settings: Settings) -> StageResult:
 
     run = start_run(job, settings, split, table, store, f"fold {fold}", network)
     targets = build.one_hot(table.codes[rows], len(table.classes), run.runtime.device)
-    train = TrainData(build.split_dataset(store, table, rows, run.settings, training=True), targets)
+    groups = group_codes(table.groups)
+    images = build.split_dataset(store, table, rows, run.settings, training=True)
+    train = TrainData(images, targets, groups=None if groups is None else groups[rows])
     run.fit(train, valid_rows, settings.train.patience, select=True, logger=stdout_logger(fold))
     oof = run.predict(valid_rows, f"{run.label} out-of-fold")
     return run.finish("fold", {"fold": fold}, {"best_epoch": run.deciding.epoch}, oof)

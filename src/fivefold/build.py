@@ -18,7 +18,7 @@ from fivefold.data.pipeline.dataset import ImageDataset, batches_in_shared_memor
 from fivefold.data.pipeline.loader import SAMPLERS
 from fivefold.data.readers.stores import ImageStore
 from fivefold.data.split.fold_table import FoldTable
-from fivefold.data.transforms.registry import build_transforms
+from fivefold.data.transforms.registry import Transform, build_transforms
 from fivefold.distributed.process_group import convert_sync_batchnorm
 from fivefold.errors import MissingInputError, SettingsError
 from fivefold.execution import PRECISIONS, RUNTIME, PrecisionState, choose_device, describe_runtime, optimize_for_cpu
@@ -29,9 +29,10 @@ from fivefold.execution import resolve_precision as resolve_precision
 from fivefold.inference.predictor import Runtime
 from fivefold.inference.tta import build_views
 from fivefold.log import log
-from fivefold.lookup import choose, require_packages
+from fivefold.lookup import choose, parse_spec, require_packages
 from fivefold.models.backbones import build_backbone, count_features
-from fivefold.models.classifier import Classifier, Standardize, build_head
+from fivefold.models.classifier import HEADS, Classifier, Standardize, build_head
+from fivefold.models.pretrained import WeightsFile, find_file, find_weights, published
 from fivefold.models.weights import load_matching
 from fivefold.progress import MIB
 from fivefold.system import count_cores, free_shared_memory
@@ -63,22 +64,64 @@ from fivefold.training.trainer import MONITORS, LoopConfig, TrainData, Trainer, 
 
 
 def build_classifier(model: Model, classes: int) -> Classifier:
-    """Build the network of `[model]` with random weights, or with the weights of its hub."""
+    """Build the network of `[model]` with random weights."""
     meta = count_stats(model.image_stats)
-    backbone = build_backbone(model.backbone, model.pretrained, model.backbone_kwargs, model.drop_path)
+    backbone = build_backbone(model.backbone, model.backbone_kwargs, model.drop_path)
     head = build_head(model.head, count_features(backbone, model.size) + meta, classes, model.dropout)
     return Classifier(backbone, head, Standardize(meta) if meta else None)
 
 
-def load_initial_weights(network: Classifier, model: Model, channel: Path | None) -> None:
-    """Load `model.weights`, a path or a name in the weights channel, into the backbone."""
-    if not model.weights:
-        return
-    candidates = [Path(model.weights), *([channel / model.weights] if channel else [])]
-    path = next((path for path in candidates if path.is_file()), None)
-    if path is None:
-        raise MissingInputError(f"model.weights={model.weights}: no such file, here or in SM_CHANNEL_WEIGHTS")
-    load_matching(network.backbone, path)
+def resolve_inputs(settings: Settings) -> Settings:
+    """Return the settings with the image size, mean, std and filter that pretrained weights expect, except for keys that were set.
+
+    Raise a SettingsError if `model.pretrained` is true and nobody publishes weights for the backbone.
+    """
+    model = settings.model
+    offer = published(model.backbone) if model.pretrained else None
+    if offer is None:
+        if model.pretrained is True and not model.weights:
+            raise SettingsError(f"{model.backbone} has no pretrained weights; set model.pretrained=false")
+        return settings
+    expected = {
+        "image_size": offer.size[0] if offer.size[0] == offer.size[1] else list(offer.size),
+        "mean": list(offer.mean),
+        "std": list(offer.std),
+        "interpolation": offer.interpolation,
+    }
+    changes = {key: value for key, value in expected.items() if key not in model.model_fields_set}
+    return settings.model_copy(update={"model": model.model_copy(update=changes)})
+
+
+def find_initial_weights(settings: Settings, channel: Path | None, offline: bool = False) -> WeightsFile | None:
+    """Return the file that the backbone starts from: `model.weights`, or pretrained weights; None for random weights.
+
+    `channel`: the weights channel. With `model.pretrained=auto` its only file counts, without its name.
+    Raise the errors of `find_file` and `find_weights`.
+    """
+    model = settings.model
+    file = find_file(model.weights, channel) if model.weights or model.pretrained == "auto" else None
+    if file is None and model.pretrained:
+        return find_weights(model.backbone, model.pretrained, offline or settings.offline)
+    return file
+
+
+def check_weights(settings: Settings, channel: Path | None) -> None:
+    """Raise the error of `find_initial_weights` for weights that are missing and cannot be downloaded; download nothing."""
+    try:
+        find_initial_weights(settings, channel, offline=True)
+    except MissingInputError:
+        if settings.offline or settings.model.weights:
+            raise
+
+
+def load_initial_weights(network: Classifier, settings: Settings, channel: Path | None) -> None:
+    """Load the file of `find_initial_weights` into the backbone, and log where it comes from."""
+    file = find_initial_weights(settings, channel)
+    if file is not None:
+        load_matching(network.backbone, file.path)
+        network.initial_weights = file.describe()
+        words = "initial weights: %(file)s from %(source)s, licence %(licence)s, SHA-256 %(sha256)s"
+        log.info(words, network.initial_weights)
 
 
 def split_dataset(
@@ -92,14 +135,21 @@ def image_dataset(
     store: ImageStore, paths: Sequence[str], sha256: Sequence[str | None], settings: Settings, training: bool
 ) -> ImageDataset:
     """Return the images at `paths`, verified by their digests; `train.cache_in_memory` keeps training images that fit."""
-    specs = settings.augment.train if training else settings.augment.eval
-    transform = build_transforms(specs, settings.model.size, evaluation=not training)
+    transform = build_train_transforms(settings) if training else build_eval_transforms(settings)
     images = ImageDataset(
         store, paths, transform, settings.seed, sha256, settings.model.image_stats, decode_options(settings.data)
     )
     if training and settings.train.cache_in_memory:
         images.cache_in_memory()
     return images
+
+
+def build_train_transforms(settings: Settings) -> Transform:
+    return build_transforms(settings.augment.train, settings.model.size, False, settings.model.interpolation)
+
+
+def build_eval_transforms(settings: Settings) -> Transform:
+    return build_transforms(settings.augment.eval, settings.model.size, True, settings.model.interpolation)
 
 
 def one_hot(codes: np.ndarray, classes: int, device: torch.device) -> Tensor:
@@ -274,9 +324,11 @@ def check_training(settings: Settings) -> None:
         choose(table, kind, name)
     build_loss(chosen.loss, chosen.label_smoothing)
     build_views(settings.predict.tta)
-    build_transforms(augment.train, settings.model.size)
-    build_transforms(augment.eval, settings.model.size, evaluation=True)
+    build_train_transforms(settings)
+    build_eval_transforms(settings)
     check_warmup(chosen.warmup_epochs, chosen.epochs)
+    if chosen.method != "fine_tune":
+        _check_linear(settings)
     if chosen.batch_size == 1:
         _check_one_image(settings)
 
@@ -286,15 +338,11 @@ def build_trial_network(settings: Settings, shapes_only: bool) -> Classifier:
 
     `shapes_only`: build it without values, on the meta device, if possible.
     """
-    small = settings.model.backbone.startswith("fivefold/")
-    # `pretrained` is an error for our small networks, which have no hub; for others it would download weights here.
-    pretrained = settings.model.pretrained and small
-    model = settings.model.model_copy(update={"pretrained": pretrained, "weights": ""})
     network = None
-    if shapes_only and not small:  # small networks are faster with values
+    if shapes_only and not settings.model.backbone.startswith("fivefold/"):  # small networks are faster with values
         with suppress(Exception), torch.device("meta"):  # built again below, which raises the error of a wrong setting
-            network = build_classifier(model, 2)
-    network = network or build_classifier(model, 2)
+            network = build_classifier(settings.model, 2)
+    network = network or build_classifier(settings.model, 2)
     lr_scales(network.backbone, settings.train.backbone_lr_scale, settings.train.layer_decay)
     return network
 
@@ -309,9 +357,21 @@ def check_resources(network: Classifier, settings: Settings) -> None:
     choose_workers(settings.train.num_workers, runtime, largest_batch_bytes(settings))
 
 
+def _check_linear(settings: Settings) -> None:
+    """Raise a SettingsError if the head is not linear, or the loss does not fit logistic regression."""
+    head, _ = parse_spec(settings.model.head, HEADS, "head")
+    link = build_loss(settings.train.loss).link
+    if head != "linear" or link != "softmax":
+        problem = f"model.head={head}" if head != "linear" else f"train.loss={settings.train.loss}"
+        raise SettingsError(
+            f"train.method={settings.train.method} fits a linear head by cross-entropy, but the settings have {problem}; "
+            "set model.head=linear and train.loss=cross_entropy, or train.method=fine_tune"
+        )
+
+
 def _check_one_image(settings: Settings) -> None:
     """Raise a SettingsError if a BatchNorm of the network gets only one value per channel from one image."""
-    model = settings.model.model_copy(update={"pretrained": False, "weights": ""})
+    model = settings.model
     network = build_classifier(model, 2).train()
     meta_args = (torch.zeros(1, count_stats(model.image_stats)),) if model.image_stats else ()
     try:

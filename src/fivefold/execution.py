@@ -161,7 +161,7 @@ def _fastest_precision(settings: Settings, network: nn.Module, folder: Path | No
     if len(candidates) == 1:
         return candidates[0]
     images = max(2, min(settings.train.batch_size, MAX_PROBE_PIXELS // math.prod(settings.model.size)))
-    model = settings.model.model_dump(exclude={"pretrained", "weights", "mean", "std"})
+    model = settings.model.model_dump(exclude={"pretrained", "weights", "mean", "std", "interpolation"})
     question = {"model": model, "channels_last": settings.train.channels_last, "images": images}
     return cached_probe(question, candidates, folder, lambda: _probe(settings, network, candidates, images))
 

@@ -46,6 +46,7 @@ def check_graph(predictor: EnsemblePredictor) -> None:
         for what, a, b in (
             ("sizes", first.settings.model.size, other.settings.model.size),
             ("augment.eval", first.settings.augment.eval, other.settings.augment.eval),
+            ("filters of resizing", first.settings.model.interpolation, other.settings.model.interpolation),
             ("meta features", stats, other.settings.model.image_stats or stats),
         ):
             if a != b:
@@ -103,6 +104,7 @@ def describe_model(predictor: EnsemblePredictor) -> dict[str, Any]:
         "width": width,
         "meta": input_stats(predictor),
         "transform": first.augment.eval,
+        "interpolation": first.model.interpolation,
         "mean": first.model.mean,
         "std": first.model.std,
         "views": first.predict.tta,

@@ -13,6 +13,7 @@ from torch import nn
 
 from fivefold.build import (
     build_classifier,
+    build_eval_transforms,
     choose_workers,
     image_dataset,
     largest_batch_bytes,
@@ -31,7 +32,7 @@ from fivefold.data.pipeline.dataset import Batch, concat_batches, image_stats
 from fivefold.data.pipeline.eval_cache import EvalImageCache, memory_limit
 from fivefold.data.readers.stores import ImageStore
 from fivefold.data.split.fold_table import FoldTable
-from fivefold.data.transforms.registry import Transform, build_transforms
+from fivefold.data.transforms.registry import Transform
 from fivefold.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from fivefold.errors import DataError, SettingsError
 from fivefold.inference.predictor import Runtime, log_mean, predict, predict_all
@@ -70,7 +71,8 @@ class TrainedModel:
     def preprocess_key(self) -> str:
         """Preprocessing key: models with equal keys can share preprocessed images."""
         model = self.settings.model
-        return repr((self.decode_options, self.settings.augment.eval, model.size, model.image_stats))
+        preparation = (self.settings.augment.eval, model.size, model.interpolation, model.image_stats)
+        return repr((self.decode_options, *preparation))
 
     @property
     def decode_options(self) -> DecodeOptions:
@@ -79,7 +81,7 @@ class TrainedModel:
 
     @cached_property
     def _transform(self) -> Transform:
-        return build_transforms(self.settings.augment.eval, self.settings.model.size, evaluation=True)
+        return build_eval_transforms(self.settings)
 
     def prepare(self, pixels: np.ndarray) -> Batch:
         """Preprocess a decoded image uint8 [H, W, 3] to a batch of one; thread-safe."""
@@ -174,8 +176,7 @@ def load_model(
         hint = "if another version of Fivefold wrote it, use that version, or train again"
         raise DataError(f"{source.path}: {MODEL} does not describe a valid model ({hint}): {error}") from error
     settings = settings.model_copy(update={"predict": settings.predict.model_copy(update=dict(explicit))})
-    model = settings.model.model_copy(update={"pretrained": False, "weights": ""})
-    network = build_classifier(model, len(source.info["classes"]))
+    network = build_classifier(settings.model, len(source.info["classes"]))
     load_strict(network, source.path / weights)
     runtime = make_prediction_runtime(settings, source.info["precision"], explicit.get("device", "auto"), process_group)
     return TrainedModel(source, settings, runtime.to_device(network).eval(), runtime, link)

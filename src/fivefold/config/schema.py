@@ -24,6 +24,10 @@ MAX_NAME_BYTES = 150
 """Limit of the names of a system and of a run, because file names contain them."""
 
 
+EXPECTED = "; with pretrained: what the weights expect"
+"""Ends the description of a key whose default depends on the pretrained weights; see `build.resolve_inputs`."""
+
+
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
 
@@ -110,16 +114,19 @@ class Split(Section):
 class Model(Section):
     backbone: str = setting("timm/resnet18", "timm/, torchvision/, efficientnet_pytorch/ or fivefold/NAME")
     backbone_kwargs: dict[str, Any] = setting({}, "backbone arguments; torchvision: bare=true ends at the pooling")
-    pretrained: bool = setting(False, "start from the pretrained weights of the backbone's hub")
+    pretrained: bool | Literal["auto"] = setting(
+        False, "start from the hub's weights; auto: the first of weights channel, caches, a package, the hub"
+    )
     weights: str = setting("", "initial weights or checkpoint file: a path, or a name in SM_CHANNEL_WEIGHTS")
     label_factors: list[str] = setting([], "label factors to predict, e.g. mask,gender; empty: the classes")
     drop_path: float | None = setting(None, "stochastic depth rate; none: the backbone's default", ge=0, lt=1)
     head: Spec = setting("linear", "linear, mlp or convnext, or a table with parameters")
     dropout: float = setting(0.0, "dropout rate before the last layer", ge=0, lt=1)
     image_stats: list[str] = setting([], "image statistics appended to the features: aspect, color_mean")
-    image_size: int | list[int] = setting(224, "input size in pixels: one number, or [height, width]")
-    mean: list[float] = setting([0.485, 0.456, 0.406], "mean per channel, for images in 0..1")
-    std: list[float] = setting([0.229, 0.224, 0.225], "standard deviation per channel, for images in 0..1")
+    image_size: int | list[int] = setting(224, f"input size in pixels: one number, or [height, width]{EXPECTED}")
+    mean: list[float] = setting([0.485, 0.456, 0.406], f"mean per channel, for images in 0..1{EXPECTED}")
+    std: list[float] = setting([0.229, 0.224, 0.225], f"standard deviation per channel, for images in 0..1{EXPECTED}")
+    interpolation: Literal["bilinear", "bicubic"] = setting("bilinear", f"filter that resizes images{EXPECTED}")
 
     def check(self) -> None:
         valid_size = len(self.size) == 2 and min(self.size) > 0
@@ -152,6 +159,9 @@ class Augment(Section):
 
 
 class Train(Section):
+    method: Literal["fine_tune", "linear_probe", "lp_ft"] = setting(
+        "fine_tune", "linear_probe: a linear head on frozen features; lp_ft: that head, then fine-tuning"
+    )
     epochs: int = setting(30, "passes over the training rows", ge=1)
     batch_size: int = setting(32, "images per batch", ge=1)
     grad_accum_steps: int = setting(1, "batches per optimiser step (gradient accumulation)", ge=1)
@@ -376,6 +386,7 @@ class Settings(Section):
 
     recipe: str = setting("", "name of a shipped recipe, or path of a .toml or .json file")
     system: str = setting("", "name of the models of this recipe; empty: the recipe's name")
+    offline: bool = setting(False, "open no connection for pretrained weights")
     seed: int = setting(42, "seed of weights, order and augmentation", ge=0, le=2**32 - 1)
     fold: int | None = setting(None, "fold to train (or to export); also FOLD or JOB_COMPLETION_INDEX", ge=0)
     stage: str = setting("", "stage to run if no argument names it")
@@ -405,7 +416,8 @@ class Settings(Section):
 
     def student(self) -> "Settings":
         """Return the settings with `[distill.model]` and `[distill.train]` applied over `[model]` and `[train]`."""
-        model = Model.model_validate({**self.model.model_dump(), **self.distill.model})
+        # Only keys that were set: others may depend on the student's own weights.
+        model = Model.model_validate({**self.model.model_dump(exclude_unset=True), **self.distill.model})
         train = Train.model_validate({**self.train.model_dump(), **self.distill.train})
         return self.model_copy(update={"model": model, "train": train})
 
@@ -415,7 +427,16 @@ class Settings(Section):
 
 
 SECTIONS = {name for name, field in Settings.model_fields.items() if isinstance(field.default, Section)}
-EXECUTION_KEYS = {"stage", "run", "runs", "on_version_change", "data.cache", "data.cache_gib", "data.max_unpacked_gib"}
+EXECUTION_KEYS = {
+    "stage",
+    "run",
+    "runs",
+    "on_version_change",
+    "offline",
+    "data.cache",
+    "data.cache_gib",
+    "data.max_unpacked_gib",
+}
 EXECUTION_KEYS |= {"train.cache_in_memory", "train.num_workers", "train.loggers", "train.logger_project"}
 EXECUTION_KEYS |= {"train.checkpoint_minutes", "train.checkpoint_steps"}
 """Keys that cannot change a result; a stage's key does not contain them."""

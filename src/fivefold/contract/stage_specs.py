@@ -71,7 +71,7 @@ _IMAGES = tuple(
     for name in ("resize_shorter_side", "jpeg_draft", "cache", "cache_gib", "max_unpacked_gib", "max_megapixels")
 )
 _ANSWER = ("ensemble.answer", "ensemble.positive_class")
-_TRAINING = (*_IMAGES, "model", "augment", "train", "predict")
+_TRAINING = ("offline", *_IMAGES, "model", "augment", "train", "predict")
 
 STAGES = {
     stage.name: stage
@@ -157,7 +157,7 @@ STAGES = {
             channels=("train",),
             optional=("weights", "cache"),
             hashed=("train", "weights"),
-            sections=("system", "seed", "fold", "data", "split", "model", "augment", "train", "predict"),
+            sections=("system", "seed", "offline", "fold", "data", "split", "model", "augment", "train", "predict"),
             writes_model=True,
             output_in_model=True,
         ),

@@ -1,7 +1,7 @@
 """Backbones by `family/name`: images [B, 3, H, W] to pooled features [B, num_features].
 
 Families: `timm/…` and `torchvision/…` (their classifiers), `efficientnet_pytorch/…`, `fivefold/…` (our own small
-networks). `pretrained` downloads weights from the family's hub.
+networks). All begin with random weights; `pretrained.py` finds trained ones.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,13 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fivefold.errors import RetryableError, SettingsError
+from fivefold.errors import SettingsError
 from fivefold.lookup import choose, did_you_mean
 
 
-def build_backbone(
-    name: str, pretrained: bool, options: Mapping[str, Any], drop_path: float | None = None
-) -> nn.Module:
+def build_backbone(name: str, options: Mapping[str, Any], drop_path: float | None = None) -> nn.Module:
     """Return the backbone `family/name` without its classifier; random weights come from torch's global generator.
 
     `drop_path`: stochastic depth rate (Huang et al. 2016, arXiv 1603.09382), passed by the family's name for it; None
@@ -33,13 +31,8 @@ def build_backbone(
     if drop_path is not None:
         options[choose(DROP_PATHS, "family of backbones for drop_path", family)] = drop_path
     try:
-        return build(rest, pretrained, dict(options))
+        return build(rest, options)
     except (TypeError, ValueError, OSError, RuntimeError) as error:
-        if pretrained and isinstance(error, OSError | RuntimeError):
-            raise RetryableError(
-                f"the pretrained weights of {name} cannot be downloaded ({type(error).__name__}); without internet access "
-                "set a file: model.pretrained=false model.weights=PATH, or its name in SM_CHANNEL_WEIGHTS"
-            ) from error
         raise SettingsError(f"backbone {name!r} with options {options}: {error}") from error
 
 
@@ -58,15 +51,15 @@ def count_features(backbone: nn.Module, size: tuple[int, ...]) -> int:
     return int(features.shape[1])
 
 
-def _timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+def _timm(name: str, options: dict[str, Any]) -> nn.Module:
     import timm
 
     if not timm.is_model(name):
         raise SettingsError(f"timm has no model {name!r}{did_you_mean(name.split('.')[0], timm.list_models())}")
-    return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
+    return timm.create_model(name, pretrained=False, num_classes=0, **options)
 
 
-def _torchvision(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+def _torchvision(name: str, options: dict[str, Any]) -> nn.Module:
     """Return the network without its last linear layer; with the option `bare`, without anything after the pooling."""
     from torchvision import models
 
@@ -74,7 +67,7 @@ def _torchvision(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Mod
     if name not in known:
         raise SettingsError(f"torchvision has no classifier {name!r}{did_you_mean(name, known)}")
     bare = options.pop("bare", False)
-    model = models.get_model(name, weights="DEFAULT" if pretrained else None, **options)
+    model = models.get_model(name, weights=None, **options)
     known = {*signature(type(model)).parameters, *signature(models.get_model_builder(name)).parameters}
     unknown = sorted(options.keys() - known)
     if unknown:
@@ -93,11 +86,11 @@ def _torchvision(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Mod
     return model
 
 
-def _efficientnet_pytorch(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+def _efficientnet_pytorch(name: str, options: dict[str, Any]) -> nn.Module:
     from efficientnet_pytorch import VALID_MODELS, EfficientNet
 
     choose(dict.fromkeys(VALID_MODELS), "efficientnet_pytorch model", name)
-    model = (EfficientNet.from_pretrained if pretrained else EfficientNet.from_name)(name, **options)
+    model = EfficientNet.from_name(name, **options)
     model._fc = nn.Identity()
     return _use_builtin_padding(model)
 
@@ -116,9 +109,7 @@ def _use_builtin_padding(model: nn.Module) -> nn.Module:
     return model
 
 
-def _fivefold(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
-    if pretrained:
-        raise SettingsError(f"fivefold/{name} has no hub weights; set model.pretrained=false, or set model.weights")
+def _fivefold(name: str, options: dict[str, Any]) -> nn.Module:
     return choose(SMALL, "fivefold backbone", name)(**options)
 
 
@@ -181,7 +172,7 @@ def baseline_cnn(dropout: float = 0.25) -> nn.Module:
 SMALL: dict[str, Callable[..., nn.Module]] = {"small_net": SmallNet, "base_model": baseline_cnn}
 """Our own small networks, for example for images of 8 to 96 pixels, which ImageNet networks downsample too much."""
 
-FAMILIES: dict[str, Callable[[str, bool, dict[str, Any]], nn.Module]] = {
+FAMILIES: dict[str, Callable[[str, dict[str, Any]], nn.Module]] = {
     "timm": _timm,
     "torchvision": _torchvision,
     "efficientnet_pytorch": _efficientnet_pytorch,

@@ -24,7 +24,7 @@ class Classifier(nn.Module):
     """Images float [B, 3, H, W], normalised, to logits [B, C].
 
     With `meta` it also takes meta features [B, M], which are standardised and appended to the backbone's features.
-    `head(features(…))` equals the whole forward pass.
+    `head(features(…))` equals the whole forward pass. `initial_weights`: where the backbone's first weights come from.
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Module, meta: "Standardize | None" = None) -> None:
@@ -32,6 +32,7 @@ class Classifier(nn.Module):
         self.backbone = backbone
         self.head = head
         self.meta = meta
+        self.initial_weights: dict[str, str] = {}
 
     def forward(self, images: Tensor, meta: Tensor | None = None) -> Tensor:
         return self.head(self.features(images, meta))

@@ -25,6 +25,18 @@ MIN_FRACTION = 0.5
 """If a smaller fraction of the backbone's tensors fits, the file contains another network."""
 MAX_UNUSED = 0.25
 """If a larger fraction of the tensors below a prefix is unused, they may be of a larger network; a head has fewer."""
+STEM = "_conv_stem.weight"
+"""A tensor of the libraries efficientnet_pytorch and efficientnet_lite_pytorch."""
+EFFICIENTNET_PARTS = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2"}
+SQUEEZE_PARTS = {"_se_reduce": "se.conv_reduce", "_se_expand": "se.conv_expand"}
+EFFICIENTNET_BLOCKS = {
+    "DepthwiseSeparableConv": SQUEEZE_PARTS
+    | {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"},
+    "InvertedResidual": SQUEEZE_PARTS
+    | {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2"}
+    | {"_project_conv": "conv_pwl", "_bn2": "bn3"},
+}
+"""timm's names of the libraries' parts, of the network and by the type of a block."""
 MAX_SHOWN = 20
 """Maximum number of tensors that a message names."""
 
@@ -167,7 +179,9 @@ def _match(
 
 
 def _translate(tensors: Mapping[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors with timm's names and shapes if timm can translate or resample the authors' tensors, else none."""
+    """Return the tensors with timm's names and shapes if timm or `_rename_efficientnet` can translate the authors', else none."""
+    if STEM in tensors:
+        return _rename_efficientnet(tensors, backbone)
     module = sys.modules[type(backbone).__module__]
     translate = getattr(module, "checkpoint_filter_fn", None) or getattr(module, "_filter_fn", None)
     if translate is None or not module.__name__.startswith("timm."):
@@ -181,6 +195,26 @@ def _translate(tensors: Mapping[str, Tensor], backbone: nn.Module) -> dict[str, 
         log.debug("timm does not translate these weights: %s", error)
         return {}
     return {name: tensor for name, tensor in renamed.items() if isinstance(tensor, Tensor)}
+
+
+def _rename_efficientnet(tensors: Mapping[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:
+    """Return tensors of the libraries efficientnet_pytorch and efficientnet_lite_pytorch with the names of timm's EfficientNets.
+
+    The libraries count all blocks from 0; timm counts them in each stage, and names their parts by the type of the block.
+    """
+    stages = getattr(backbone, "blocks", ())
+    blocks = [
+        (f"blocks.{s}.{b}", type(block).__name__) for s, stage in enumerate(stages) for b, block in enumerate(stage)
+    ]
+    parts: dict[str, str] = dict(EFFICIENTNET_PARTS)
+    for number, (name, kind) in enumerate(blocks):
+        parts |= {f"_blocks.{number}.{old}": f"{name}.{new}" for old, new in EFFICIENTNET_BLOCKS.get(kind, {}).items()}
+    renamed = {}
+    for name, tensor in tensors.items():
+        part, _, last = name.rpartition(".")
+        if part in parts:
+            renamed[f"{parts[part]}.{last}"] = tensor
+    return renamed
 
 
 def _resample(name: str, tensor: Tensor, expected: Tensor) -> Tensor:

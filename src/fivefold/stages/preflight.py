@@ -27,17 +27,8 @@ def check_plan(plan: Plan, inputs: Inputs, local: bool) -> None:
     if any(step.name == "ensemble" for step in plan.steps):
         check_blend(settings, local)
     trained = [name for name in TRAINING if name in stages]
-    if local and not is_url(inputs.weights or ""):
-        check_weights([settings.of_stage(name) for name in trained], inputs.weights)
     if trained:
-        check_in_subprocess(settings, trained, local)
-
-
-def check_weights(recipes: Sequence[Settings], channel: str | None) -> None:
-    """Raise a MissingInputError for pretrained weights that are neither at their path nor in the channel."""
-    for name in dict.fromkeys(recipe.model.weights for recipe in recipes if recipe.model.weights):
-        if not any(path.is_file() for path in (Path(name), *([Path(channel) / name] if channel else []))):
-            raise MissingInputError(f"model.weights={name}: no such file, also not in weights={channel or ''}")
+        check_in_subprocess(settings, trained, local, inputs.weights)
 
 
 def check_blend(settings: Settings, local: bool) -> None:
@@ -52,14 +43,14 @@ def check_blend(settings: Settings, local: bool) -> None:
         weights_by_name([settings.system, *map(system_name, files)], options.weights)
 
 
-def check_in_subprocess(settings: Settings, trained: Sequence[str], local: bool) -> None:
+def check_in_subprocess(settings: Settings, trained: Sequence[str], local: bool, weights: str | None = None) -> None:
     """Run `check_stages` in a subprocess and raise its error; log a warning if the subprocess crashes.
 
     If this process has already loaded torch, it runs the check itself.
     """
     if "torch" in sys.modules:
-        return check_stages(settings, trained, local)
-    request = json.dumps([settings.model_dump(mode="json"), list(trained), local])
+        return check_stages(settings, trained, local, weights)
+    request = json.dumps([settings.model_dump(mode="json", exclude_unset=True), list(trained), local, weights])
     ended = subprocess.run([sys.executable, "-m", MODULE], input=request, capture_output=True, text=True, check=False)
     if ended.returncode in ERRORS:
         raise ERRORS[ended.returncode](ended.stdout.strip())
@@ -68,8 +59,11 @@ def check_in_subprocess(settings: Settings, trained: Sequence[str], local: bool)
         log.warning("could not check the settings before the run (exit code %d: %s)", ended.returncode, last)
 
 
-def check_stages(settings: Settings, trained: Sequence[str], local: bool) -> None:
-    """Raise the error that these stages would raise before their first step: for the settings, and `local` for this machine."""
+def check_stages(settings: Settings, trained: Sequence[str], local: bool, weights: str | None = None) -> None:
+    """Raise the error that these stages would raise before their first step: for the settings, and `local` for this machine.
+
+    `weights`: the folder or URL of the weights channel.
+    """
     from fivefold import build
     from fivefold.distillation import TEACHERS, check_patience
     from fivefold.inference.tta import build_views
@@ -80,7 +74,10 @@ def check_stages(settings: Settings, trained: Sequence[str], local: bool) -> Non
     for number, recipe in enumerate(recipes):
         if recipe in recipes[:number]:  # the student may have the folds' settings
             continue
+        recipe = build.resolve_inputs(recipe)
         build.check_training(recipe)
+        if local and not is_url(weights or ""):
+            build.check_weights(recipe, Path(weights) if weights else None)
         network = build.build_trial_network(recipe, shapes_only=not local)
         if local:
             build.check_resources(network, recipe)
@@ -95,9 +92,9 @@ def check_stages(settings: Settings, trained: Sequence[str], local: bool) -> Non
 
 def main() -> int:
     """Check the request on stdin; print an error to stdout and return its exit code."""
-    tree, trained, here = json.load(sys.stdin)
+    tree, *request = json.load(sys.stdin)
     try:
-        check_stages(Settings.model_validate(tree), trained, here)
+        check_stages(Settings.model_validate(tree), *request)
     except FivefoldError as error:
         print(error)
         return error.exit_code

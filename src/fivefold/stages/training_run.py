@@ -27,11 +27,12 @@ from fivefold.inference.predictor import Runtime
 from fivefold.log import log
 from fivefold.models.classifier import Classifier
 from fivefold.predictions import Predictions
+from fivefold.stages.linear_probe import LinearProbe
 from fivefold.trained_model import evaluation_images, predict_images, save_model
 from fivefold.training.checkpoints import Checkpoints
 from fivefold.training.loggers import Run, Tracker, close_trackers, csv_logger, open_trackers
 from fivefold.training.optim import OPTIMIZER_STATES
-from fivefold.training.trainer import BestCheckpoint, Observer, TrainData, ValidData
+from fivefold.training.trainer import BestCheckpoint, Observer, TrainData, Trainer, ValidData
 from fivefold.training.trainer import fit as fit_loop
 
 PROBE_CACHE_DIR = ".decisions"
@@ -119,6 +120,7 @@ class TrainingRun:
     label: str
     network: Classifier
     runtime: Runtime
+    probe: LinearProbe | None = None
     trackers: list[Tracker] = field(default_factory=list)
 
     def fit(self, train: TrainData, valid_rows: np.ndarray, patience: int, select: bool, logger: Observer) -> None:
@@ -129,14 +131,25 @@ class TrainingRun:
         """
         self.valid_rows = valid_rows
         self.valid_images = evaluation_images(self.store, self.table, valid_rows, self.settings)
+        if self.probe is not None:
+            self.probe.fit(train)
         valid = ValidData(self.valid_images, self.table.codes[valid_rows]) if len(valid_rows) else None
         self.trainer = build.build_trainer(
             self.label, self.network, train, valid, self.settings, self.runtime, select, patience
         )
-        self.best = self._fit_tracked(logger) if self.job.rank.is_main else fit_loop(self.trainer)
+        self.best = self._fit_tracked(logger) if self.job.rank.is_main else self._fit(self.trainer)
         name, self.deciding = next(iter(self.best.items()))
         self.model = self.trainer.scored_models[name]
         self.model.load_state_dict(self.deciding.state)
+
+    def _fit(self, trainer: Trainer) -> dict[str, BestCheckpoint]:
+        """Train, or only score the head of a linear probe; return the kept epochs."""
+        if self.settings.train.method != "linear_probe":
+            return fit_loop(trainer)
+        return self.probe.run(trainer, self._images(self.valid_rows) if len(self.valid_rows) else None)
+
+    def _images(self, rows: np.ndarray) -> ImageDataset:
+        return build.split_dataset(self.store, self.table, rows, self.settings, training=False)
 
     def _fit_tracked(self, logger: Observer) -> dict[str, BestCheckpoint]:
         """Run the loop with trackers and checkpoints; return its best epochs. The trackers stay open for the final scores."""
@@ -150,23 +163,26 @@ class TrainingRun:
         observers = [csv_logger(job.model() / TRAIN_LOG), *self.trackers]
         try:
             trainer = replace(self.trainer, observers=observers, live_observers=[logger], checkpoints=checkpoints)
-            return fit_loop(trainer)
+            return self._fit(trainer)
         except BaseException:
             close_trackers(self.trackers, None)
             raise
 
     def predict(self, rows: np.ndarray, label: str) -> Predictions:
         """Predict rows of the split with the recipe's views; return the predictions with labels."""
-        validated = np.array_equal(rows, self.valid_rows)
-        images = self.valid_images if validated else evaluation_images(self.store, self.table, rows, self.settings)
+        if self.settings.train.method == "linear_probe":
+            log_probs = self.probe.predict(self._images(rows))
+        else:
+            validated = np.array_equal(rows, self.valid_rows)
+            images = self.valid_images if validated else evaluation_images(self.store, self.table, rows, self.settings)
+            link = self.trainer.loss.link
+            log_probs = predict_images(self.model, self.settings, self.runtime, images, label, link=link)
         return Predictions(
             ids=self.table.ids_of(rows),
             fold=self.table.fold[rows],
             system=self.settings.system,
             classes=self.table.classes,
-            log_probs=predict_images(
-                self.model, self.settings, self.runtime, images, label, link=self.trainer.loss.link
-            ),
+            log_probs=log_probs,
             labels=self.table.labels()[rows],
         )
 
@@ -196,13 +212,14 @@ class TrainingRun:
             words = ", ".join(f"{metric} {value:.4f}" for metric, value in scores.items())
             log.info("%s, %d rows not trained on: %s", self.label, len(table), words)
             figures |= scores
-        facts = {"fold": None, **split_facts(self.split, self.table), **world_size(self.job), **facts}
+        start = {"initial_weights": self.network.initial_weights} if self.network.initial_weights else {}
+        facts = {"fold": None, **split_facts(self.split, self.table), **world_size(self.job), **start, **facts}
         files += save_model(folder, role, self.best, self.settings, self.runtime, facts)
         plot_training_curves({self.label: folder / TRAIN_LOG}, self.job.output() / CURVES)
         if oof is not None:
             self._draw_examples(oof)
         close_trackers(self.trackers, figures)
-        return StageResult(files, {**metrics, **figures, **self.trainer.speed_metrics()})
+        return StageResult(files, {**metrics, **figures, **self.trainer.speed_metrics(), **start})
 
     def _draw_examples(self, table: Predictions) -> None:
         """Plot some validation rows with truth and prediction of the kept epoch; send the plot to the trackers too."""
@@ -221,7 +238,7 @@ def start_network(job: StageContext, settings: Settings, classes: int) -> Classi
     """Build the network with its initial weights, before images are read, since the weights may be missing or not match."""
     build.seed_everything(settings.seed)
     network = build.build_classifier(settings.model, classes)
-    build.load_initial_weights(network, settings.model, job.optional_channel("weights"))
+    build.load_initial_weights(network, settings, job.optional_channel("weights"))
     return network
 
 
@@ -252,6 +269,9 @@ def start_run(
     """
     settings, runtime = resolve_runtime(job, settings, network, ProcessGroup(job.rank))
     images = kept_image_bytes(settings, table, store) if runtime.device.type == "cpu" else 0
-    build.check_memory(network, settings, runtime, images)
+    method = settings.train.method
+    if method != "linear_probe":
+        build.check_memory(network, settings, runtime, images)
     check_disk(job, network, settings)
-    return TrainingRun(job, settings, split, table, store, label, network, runtime)
+    probe = None if method == "fine_tune" else LinearProbe(runtime.to_device(network), settings, runtime)
+    return TrainingRun(job, settings, split, table, store, label, network, runtime, probe)

@@ -39,11 +39,12 @@ Observer = Callable[[Mapping[str, Any]], None]
 
 @dataclass(frozen=True)
 class TrainData:
-    """The N training rows: `images`; `targets` [N, C] on the device; the `teacher` of the rows, or None."""
+    """The N training rows: `images`; `targets` [N, C] on the device; the `teacher` of the rows, or None; their `groups` [N], or None."""
 
     images: ImageDataset
     targets: Tensor
     teacher: Teacher | None = None
+    groups: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -273,11 +274,16 @@ def validate(model: nn.Module, rows: ValidData, trainer: Trainer) -> dict[str, f
     logits = torch.from_numpy(
         predict_all(model, rows.images, size, workers, trainer.runtime, ["plain"], label, reduce_views=itemgetter(0))
     )
-    figures = compute_metrics(trainer.loss.scores(logits).log_softmax(dim=1).numpy(), rows.codes)
-    targets = nn.functional.one_hot(torch.from_numpy(rows.codes).long(), logits.shape[1]).float()
-    metrics = {"loss": float(trainer.loss(logits, targets)), "acc": float(figures["accuracy"])}
-    metrics |= {name: float(figures[name]) for name in ("logloss", "f1_macro")}
-    return trainer.runtime.process_group.broadcast(metrics)  # the first rank's, because rounding differs
+    # the first rank's, because rounding differs
+    return trainer.runtime.process_group.broadcast(score_logits(logits, rows.codes, trainer.loss))
+
+
+def score_logits(logits: Tensor, codes: np.ndarray, loss: Loss) -> dict[str, float]:
+    """Return `loss`, `acc`, `logloss` and `f1_macro` of logits [N, C] against class indices [N]."""
+    figures = compute_metrics(loss.scores(logits).log_softmax(dim=1).numpy(), codes)
+    targets = nn.functional.one_hot(torch.from_numpy(codes).long(), logits.shape[1]).float()
+    metrics = {"loss": float(loss(logits, targets)), "acc": float(figures["accuracy"])}
+    return metrics | {name: float(figures[name]) for name in ("logloss", "f1_macro")}
 
 
 def to_micro_batch(

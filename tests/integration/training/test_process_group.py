@@ -112,8 +112,8 @@ def test_shards_are_disjoint_and_complete(world_size, count):
 
 
 NETWORKS = {
-    "torch's": lambda: build_backbone("fivefold/small_net", False, {"widths": [8, 16]}),
-    "timm's, with activations in its norms": lambda: build_backbone("timm/efficientnet_b0", False, {}),
+    "torch's": lambda: build_backbone("fivefold/small_net", {"widths": [8, 16]}),
+    "timm's, with activations in its norms": lambda: build_backbone("timm/efficientnet_b0", {}),
 }
 
 

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from sklearn.metrics import log_loss, top_k_accuracy_score
+from sklearn.metrics import accuracy_score, f1_score, log_loss, top_k_accuracy_score
 
 from fivefold.evaluation import metrics
 
@@ -54,6 +54,17 @@ def test_logloss_and_top_k_equal_scikit_learn():
     assert metrics.logloss(np.array([[-50.0, 0.0]]), np.array([0])) == 50.0
     equal = np.log(np.full((3, 3), 1 / 3))
     assert [metrics.top_k_accuracy(equal, np.arange(3), k) for k in (1, 2, 9)] == pytest.approx([1 / 3, 2 / 3, 1])
+
+
+@pytest.mark.parametrize(("rows", "classes"), [(1, 2), (7, 30), (500, 7)])
+def test_accuracy_and_f1_equal_scikit_learn(rows, classes):
+    rng = np.random.default_rng(rows)
+    log_probs, codes = np.log(rng.dirichlet(np.ones(classes), rows)), rng.integers(0, classes, rows)
+    guesses = log_probs.argmax(axis=1)
+    assert metrics.accuracy(log_probs, codes) == pytest.approx(accuracy_score(codes, guesses), abs=1e-12)
+    assert metrics.f1_macro(log_probs, codes) == pytest.approx(
+        f1_score(codes, guesses, average="macro", zero_division=0), abs=1e-12
+    )
 
 
 def test_competition_logloss_renormalises_then_clips():

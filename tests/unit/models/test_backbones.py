@@ -7,7 +7,7 @@ from efficientnet_pytorch import EfficientNet
 from efficientnet_pytorch.utils import Conv2dStaticSamePadding
 from torch import nn
 
-from fivefold.errors import DataError, RetryableError, SettingsError
+from fivefold.errors import DataError, SettingsError
 from fivefold.models.backbones import build_backbone, count_features
 from fivefold.models.classifier import Classifier, build_head
 from fivefold.models.weights import load_strict, read_weights, save_weights
@@ -27,7 +27,7 @@ from fivefold.models.weights import load_strict, read_weights, save_weights
 )
 def test_backbones_of_every_family_return_features(name, size, features):
     with torch.device("meta"):  # only shapes
-        backbone = build_backbone(name, False, {})
+        backbone = build_backbone(name, {})
         assert count_features(backbone, (size, size)) == features
         assert backbone.training
         network = Classifier(backbone, build_head("linear", features, 7, 0.1)).eval()
@@ -51,7 +51,7 @@ def test_backbones_of_every_family_return_features(name, size, features):
 )
 def test_unknown_names_and_options_are_rejected_with_a_hint(name, options, drop_path, message):
     with torch.device("meta"), pytest.raises(SettingsError, match=message):
-        build_backbone(name, False, options, drop_path)
+        build_backbone(name, options, drop_path)
 
 
 @pytest.mark.parametrize(
@@ -65,15 +65,15 @@ def test_unknown_names_and_options_are_rejected_with_a_hint(name, options, drop_
 def test_drop_path_works_in_all_families_and_unknown_options_are_rejected(name, get_rate):
     with torch.device("meta"):
         with pytest.raises(SettingsError, match="no_such_option"):
-            build_backbone(name, False, {"no_such_option": 1})
-        rates = [get_rate(build_backbone(name, False, {}, drop_path=rate)) for rate in (0.3, None, 0.0)]
+            build_backbone(name, {"no_such_option": 1})
+        rates = [get_rate(build_backbone(name, {}, drop_path=rate)) for rate in (0.3, None, 0.0)]
     assert rates[0] == pytest.approx(0.3)
     assert rates[1] < 0.3
     assert rates[2] == 0.0
 
 
 def test_base_model_has_the_layers_of_the_mask_system():
-    network = build_backbone("fivefold/base_model", False, {})
+    network = build_backbone("fivefold/base_model", {})
     shapes = [tuple(m.weight.shape) for m in network.modules() if isinstance(m, nn.Conv2d)]
     assert shapes == [(32, 3, 7, 7), (64, 32, 3, 3), (128, 64, 3, 3)]
     assert [m.p for m in network.modules() if isinstance(m, nn.Dropout)] == [0.25, 0.25]
@@ -83,19 +83,11 @@ def test_base_model_has_the_layers_of_the_mask_system():
 
 def test_unsupported_image_size_raises_a_settings_error():
     with pytest.raises(SettingsError, match="images of 40x40"):
-        count_features(build_backbone("timm/vit_tiny_patch16_224", False, {}), (40, 40))
-
-
-def test_failed_weight_download_suggests_model_weights(monkeypatch, tmp_path):
-    # A proxy that refuses every connection stands in for an offline machine.
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
-    with pytest.raises(RetryableError, match=r"model\.weights=PATH"):
-        build_backbone("torchvision/resnet18", True, {})
+        count_features(build_backbone("timm/vit_tiny_patch16_224", {}), (40, 40))
 
 
 def test_saved_weights_load_unchanged_and_only_into_the_same_network(tmp_path):
-    network, loaded = (build_backbone("fivefold/small_net", False, {"widths": [8]}) for _ in range(2))
+    network, loaded = (build_backbone("fivefold/small_net", {"widths": [8]}) for _ in range(2))
     (tmp_path / "plain").touch()
     save_weights(tmp_path / "model.safetensors", network.state_dict())
     assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
@@ -110,7 +102,7 @@ def test_efficientnet_pytorch_pads_in_its_convolutions_and_matches_the_original(
     reference = EfficientNet.from_name("efficientnet-b0")
     reference._fc = nn.Identity()
     torch.manual_seed(0)
-    backbone = build_backbone("efficientnet_pytorch/efficientnet-b0", False, {})
+    backbone = build_backbone("efficientnet_pytorch/efficientnet-b0", {})
     assert list(backbone.state_dict()) == list(reference.state_dict())
     padded = [name for name, module in backbone.named_modules() if isinstance(module, Conv2dStaticSamePadding)]
     strided = [name for name, module in backbone.named_modules() if getattr(module, "stride", None) in ((2, 2), [2, 2])]

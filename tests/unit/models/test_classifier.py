@@ -28,7 +28,7 @@ def test_mlp_heads_have_the_layers_of_the_car_and_product_systems(options, norm)
 def test_convnext_head_on_the_bare_backbone_matches_torchvision():
     with torch.device("meta"):  # the weights come below
         reference = models.convnext_tiny(num_classes=7)
-        backbone = build_backbone("torchvision/convnext_tiny", False, {"bare": True})
+        backbone = build_backbone("torchvision/convnext_tiny", {"bare": True})
     torch.manual_seed(0)
     for parameter in reference.to_empty(device="cpu").parameters():
         nn.init.normal_(parameter, std=0.1)

@@ -137,7 +137,7 @@ def test_wide_convolution_without_autocast_or_on_large_maps_is_plain():
 )
 def test_network_keeps_names_parameters_outputs_and_predictions(name, size, kind, count):
     torch.manual_seed(0)
-    network = build_backbone(name, False, {})
+    network = build_backbone(name, {})
     before = list(network.parameters())
     converted = use_fast_convs(use_fast_convs(copy.deepcopy(network), amx=True), amx=True)
     kinds = [type(module) for module in converted.modules()]
@@ -183,7 +183,7 @@ def test_grouped_convolutions_keep_parameters_and_fast_bf16_ones_stay_unchanged(
     assert not has_slow_grouped_convs(fast)
     assert not has_slow_grouped_convs(use_fast_convs(fast, amx=False))
     assert not any(isinstance(module, Float32Mixin) for module in run_grouped_convs_in_fp32(fast))
-    network = build_backbone("timm/tf_mobilenetv3_small_075", False, {})
+    network = build_backbone("timm/tf_mobilenetv3_small_075", {})
     before = {name: id(parameter) for name, parameter in network.named_parameters()}
     assert has_slow_grouped_convs(network)
     converted = run_grouped_convs_in_fp32(run_grouped_convs_in_fp32(network))

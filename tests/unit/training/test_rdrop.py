@@ -61,7 +61,7 @@ HEADS = [
 
 def make_classifier(head, meta: bool = False, **options) -> Classifier:
     torch.manual_seed(0)
-    backbone = build_backbone("fivefold/small_net", False, {"widths": [8, 16], "stem": 8} | options)
+    backbone = build_backbone("fivefold/small_net", {"widths": [8, 16], "stem": 8} | options)
     built_head = build_head(head, 16 + 2 * meta, 3, 0.3)
     return Classifier(backbone, built_head, Standardize(2) if meta else None).train()
 
@@ -117,7 +117,7 @@ def test_one_backbone_pass_is_exact_if_only_the_head_is_random(head, caplog):
 )
 def test_is_stochastic_detects_every_kind_of_randomness_in_a_backbone(backbone, options):
     torch.manual_seed(0)
-    network = build_backbone(backbone, False, options).eval()
+    network = build_backbone(backbone, options).eval()
     state, images = copy.deepcopy(network.state_dict()), torch.randn(2, 3, 64, 64)
     torch.manual_seed(1)
     assert is_stochastic(network, images)

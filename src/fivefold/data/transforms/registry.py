@@ -24,6 +24,7 @@ from fivefold.lookup import choose, parse_spec
 
 Transform = Callable[[Tensor], Tensor]
 Size = tuple[int, int]
+Filter = Literal["bilinear", "bicubic"]
 Box = tuple[int, int, int, int]
 """Top, left, height and width, in pixels."""
 
@@ -38,16 +39,18 @@ def apply_randomly(step: Transform, p: float, image: Tensor) -> Tensor:
     return step(image) if torch.rand(()).item() < p else image
 
 
-def build_transforms(specs: Sequence[Spec], size: Size, evaluation: bool = False) -> Transform:
-    """Return the composition of `specs`, whose result always has `size` (height, width).
+def build_transforms(
+    specs: Sequence[Spec], size: Size, evaluation: bool = False, interpolation: Filter = "bilinear"
+) -> Transform:
+    """Return the composition of `specs`, whose result always has `size` (height, width); images are resized by `interpolation`.
 
     A spec is a name in TRANSFORMS or PRESETS, or a table with `name` and that transform's parameters; each accepts a
     probability `p`. A plain resize is always the last step, and does nothing at the right size. With `evaluation`, use only
     the deterministic parts of a preset. Raise a SettingsError for an unknown name or parameter, and for a random transform
     in an evaluation.
     """
-    steps = [_build(spec, size) for spec in expand_presets(specs, evaluation)]
-    return partial(apply_all, [*steps, partial(resize, size=size)])
+    steps = [_build(spec, size, interpolation) for spec in expand_presets(specs, evaluation)]
+    return partial(apply_all, [*steps, partial(resize, size=size, interpolation=interpolation)])
 
 
 def expand_presets(specs: Sequence[Spec], evaluation: bool) -> list[Spec]:
@@ -71,11 +74,13 @@ def _is_deterministic(spec: Spec) -> bool:
     return name in DETERMINISTIC and parameters.get("p", 1) == 1
 
 
-def _build(spec: Spec, size: Size) -> Transform:
+def _build(spec: Spec, size: Size, interpolation: Filter) -> Transform:
     name, parameters = parse_spec(spec, TRANSFORMS | PRESETS, "transform")
     p = parameters.get("p", 1)
     if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1:
         raise SettingsError(f"transform {name!r}: p={p!r}, but a probability from 0 to 1 is needed")
+    if name in RESIZING:
+        parameters = {"interpolation": interpolation, **parameters}
     try:
         return TRANSFORMS[name](size=size, **parameters)
     except ValidationError as error:
@@ -117,18 +122,20 @@ Colour = Level | Annotated[list[Level], Field(min_length=3, max_length=3)]
 """One number for all channels, or one per channel."""
 
 
-def resize(image: Tensor, size: Size) -> Tensor:
-    """Resize the whole image [3, H, W] to `size`, bilinear with antialiasing; the aspect ratio is not kept."""
+def resize(image: Tensor, size: Size, interpolation: Filter = "bilinear") -> Tensor:
+    """Resize the whole image [3, H, W] to `size`, with antialiasing; the aspect ratio is not kept."""
     if tuple(image.shape[-2:]) == size:
         return image
     # Keep channels-last memory: torch does not detect it in image[None], and then takes twice as long.
     batch = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
-    return F.interpolate(batch, size=size, mode="bilinear", antialias=True)[0]
+    return F.interpolate(batch, size=size, mode=interpolation, antialias=True)[0]
 
 
-def centre_crop(image: Tensor, size: Size, share: number(float, 0.01, 1) = 0.875) -> Tensor:
+def centre_crop(
+    image: Tensor, size: Size, share: number(float, 0.01, 1) = 0.875, interpolation: Filter = "bilinear"
+) -> Tensor:
     """Crop the middle `share` of both sides after fitting the shorter side to `size`."""
-    return _resized_box(image, centre_box(*image.shape[-2:], size, share), size)
+    return _resized_box(image, centre_box(*image.shape[-2:], size, share), size, interpolation)
 
 
 def centre_box(height: int, width: int, size: Size, share: float) -> Box:
@@ -148,9 +155,10 @@ def random_crop(
     size: Size,
     padding: number(int, 0, 4096) = 4,
     mode: Literal["constant", "reflect", "replicate", "circular"] = "reflect",
+    interpolation: Filter = "bilinear",
 ) -> Tensor:
     """Return a crop of `size` from the image resized to `size` and padded by `padding` pixels on each side (`mode` of F.pad)."""
-    image = resize(image, size)
+    image = resize(image, size, interpolation)
     top, left = torch.randint(0, 2 * padding + 1, (2,)).tolist()
     if mode == "constant":
         padded = F.pad(image, (padding,) * 4)
@@ -160,10 +168,14 @@ def random_crop(
 
 
 def random_resized_crop(
-    image: Tensor, size: Size, scale: span(float, 1e-4, 1) = (0.08, 1.0), ratio: span(float, 0.01, 100) = (3 / 4, 4 / 3)
+    image: Tensor,
+    size: Size,
+    scale: span(float, 1e-4, 1) = (0.08, 1.0),
+    ratio: span(float, 0.01, 100) = (3 / 4, 4 / 3),
+    interpolation: Filter = "bilinear",
 ) -> Tensor:
     """Crop a random box of `scale` of the area and an aspect in `ratio`, and resize it (Szegedy et al. 2015, arXiv 1409.4842)."""
-    return _resized_box(image, random_box(*image.shape[-2:], size, scale, ratio), size)
+    return _resized_box(image, random_box(*image.shape[-2:], size, scale, ratio), size, interpolation)
 
 
 def random_box(height: int, width: int, size: Size, scale: Sequence[float], ratio: Sequence[float]) -> Box:
@@ -180,9 +192,9 @@ def random_box(height: int, width: int, size: Size, scale: Sequence[float], rati
     return centre_box(height, width, size, share=1.0)
 
 
-def _resized_box(image: Tensor, box: Box, size: Size) -> Tensor:
+def _resized_box(image: Tensor, box: Box, size: Size, interpolation: Filter) -> Tensor:
     top, left, height, width = box
-    return resize(image[:, top : top + height, left : left + width], size)
+    return resize(image[:, top : top + height, left : left + width], size, interpolation)
 
 
 def coarse_dropout(
@@ -398,6 +410,9 @@ TRANSFORMS: dict[str, Callable[..., Transform]] = {
     "auto_contrast": partial(_torchvision_transform, "RandomAutocontrast"),
     "random_erasing": partial(_torchvision_transform, "RandomErasing"),
 }
+
+RESIZING = {"resize", "centre_crop", "random_crop", "random_resized_crop"}
+"""Transforms that resize by `model.interpolation`, unless they have an `interpolation` of their own."""
 
 DETERMINISTIC = {"resize", "centre_crop", "centre_crop_pixels", "brightness", "unsharp_mask"}
 """Deterministic transforms (at p = 1), which an evaluation may use."""

@@ -104,7 +104,8 @@ def needs_no_network(plan: Plan, step: Step) -> bool:
     if not STAGES[step.stage].writes_model:
         return True
     settings = plan.settings.of_stage(step.stage)
-    return not settings.model.pretrained and set(settings.train.loggers) <= {"tensorboard"}
+    downloads = settings.model.pretrained and not settings.model.weights and not settings.offline
+    return not downloads and set(settings.train.loggers) <= {"tensorboard"}
 
 
 def base_name(run: str, step: Step) -> str:
