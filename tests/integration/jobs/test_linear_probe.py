@@ -95,7 +95,14 @@ def test_the_same_bytes_with_and_without_a_cache(probe_run, tmp_path):
 
 def test_fine_tuning_starts_from_the_probe(probe_run, tmp_path):
     root = copy_run(probe_run, tmp_path / "run", "fold-*", "ensemble*", "distill")
-    settings = [*PROBE, "train.method=lp_ft", "train.epochs=1", "train.freeze_epochs=1", "train.lr=1e-6", f"data.cache={root / 'caches'}"]
+    settings = [
+        *PROBE,
+        "train.method=lp_ft",
+        "train.epochs=1",
+        "train.freeze_epochs=1",
+        "train.lr=1e-6",
+        f"data.cache={root / 'caches'}",
+    ]
     assert run_stage(root, "train-fold", "tuned", "FOLD=0", *settings) == 0
     tuned, probe = predictions.read(root / "tuned" / "model" / "oof.parquet"), out_of_fold(probe_run, 0)
     assert np.abs(np.exp(tuned.log_probs) - np.exp(probe.log_probs)).max() < 0.05

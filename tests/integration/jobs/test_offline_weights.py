@@ -64,7 +64,7 @@ def count_packets(text: str) -> int:
 def test_a_packages_weights_are_used_and_no_packet_leaves(root):
     assert run_isolated(root, "fold-0", *LITE, "offline=true") == (0, 0)
     packaged = find_packaged("timm/tf_efficientnet_lite0")
-    for path in (root / "fold-0" / "model" / "model.json", root / "fold-0" / "output" / "stage.json"):
+    for path in (root / "fold-0" / "model" / "model.json", root / "fold-0" / "model" / "stage.json"):
         content = read_json(path)
         start = content.get("initial_weights") or content["metrics"]["initial_weights"]
         assert start == {
