@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from fivefold import build
 from fivefold.config.schema import Settings
 from fivefold.contract.job import StageContext, StageResult
 from fivefold.contract.stage_specs import STAGES
@@ -18,8 +19,10 @@ def main(job: StageContext, settings: Settings) -> StageResult:
     """
     fold = settings.fold or 0
     log.info("train: no folds channel; splitting by the recipe and training fold %d", fold)
-    if settings.model.weights:
-        start_network(job, settings, 2)  # only to raise its errors before the split reads all images
+    if settings.model.weights or settings.model.pretrained:
+        start_network(
+            job, build.resolve_inputs(settings), 2
+        )  # only to raise its errors before the split reads all images
     splitting = replace(
         job,
         stage=STAGES["split"],

@@ -33,8 +33,8 @@ MAX_NAME_LENGTH = 24
 MAX_IMAGES = 16
 COLUMNS = 4
 """Images in a row of an image grid."""
-SIDE = 320
-"""Larger images are reduced to this longer side, in pixels."""
+SIDE, GRID_DPI = 240, 110
+"""Longer side of the images of a grid, in pixels, and its resolution."""
 
 SURFACE, TEXT, QUIET, GRID = "#ffffff", "#1c2430", "#6b7686", "#e8ebf0"
 ACCENT, SECOND, WRONG = "#2f6fde", "#e08a1e", "#d6455d"
@@ -189,7 +189,7 @@ def plot_image_grid(images: Sequence[np.ndarray], truth: Sequence[str], guesses:
     """Plot images (uint8 [H, W, 3], of any size), each below its true and its predicted class; mistakes in another colour."""
     names = zip(*(printable_labels(labels, range(len(images))) for labels in (truth, guesses)), strict=True)
     lines = -(-len(images) // COLUMNS)
-    with _new_figure(target, (2.2 * COLUMNS, 2.5 * lines)) as figure:
+    with _new_figure(target, (2.2 * COLUMNS, 2.5 * lines), GRID_DPI) as figure:
         axes = list(figure.subplots(lines, COLUMNS, squeeze=False).flat)
         for axis in axes:
             axis.axis("off")
@@ -228,17 +228,17 @@ def _font_families() -> list[str]:
 
 
 @contextmanager
-def _new_figure(target: Target, inches: tuple[float, float]) -> Iterator["Figure"]:
+def _new_figure(target: Target, inches: tuple[float, float], dpi: int = DPI) -> Iterator["Figure"]:
     """Yield an empty figure in the common style; then write it as a PNG with reproducible bytes."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     with rc_context({**STYLE, "font.family": _font_families()}):
-        figure = Figure(figsize=inches, dpi=DPI, facecolor=SURFACE)
+        figure = Figure(figsize=inches, dpi=dpi, facecolor=SURFACE)
         yield figure
         # The format is explicit because a temporary file has no extension; without metadata the bytes are reproducible.
         options = {"metadata": {"Software": None}, "pil_kwargs": {"compress_level": COMPRESSION}}
-        figure.savefig(target, format="png", dpi=DPI, facecolor=SURFACE, **options)
+        figure.savefig(target, format="png", dpi=dpi, facecolor=SURFACE, **options)
 
 
 def _draw_bars(

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 from PIL import Image
 
 from fivefold.contract.files import sync
@@ -126,8 +125,13 @@ class TensorBoard:
         self.writer.flush()
 
     def log_image(self, tag: str, path: Path, epoch: int) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
         with Image.open(path) as image:
-            self.writer.add_image(tag, np.asarray(image), epoch, dataformats="HWC")
+            width, height = image.size
+        # The PNG as it is: add_image would encode its pixels again.
+        encoded = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=path.read_bytes())
+        self.writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=encoded)]), epoch)
 
     def close(self, scores: Mapping[str, float] | None) -> None:
         for name, value in (scores or {}).items():

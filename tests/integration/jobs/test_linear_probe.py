@@ -15,7 +15,7 @@ from fivefold.data.readers.stores import open_store
 from fivefold.data.split.fold_table import read_folds
 from fivefold.evaluation.metrics import compute_metrics
 from fivefold.trained_model import ImageList, SharedEvalImages, load_model
-from toy_data import MODEL, copy_run, failure, run_stage
+from toy_data import MODEL, copy_run, failure, noise_in, run_stage
 
 PROBE = [
     *MODEL, "train.method=linear_probe", "train.batch_size=8", "train.precision=fp32", "train.loggers=[]", "predict.tta=plain,flip",
@@ -112,6 +112,18 @@ def test_fine_tuning_starts_from_the_probe(probe_run, tmp_path):
         compute_metrics(random.log_probs, random.codes())["logloss"]
         > 2 * compute_metrics(tuned.log_probs, tuned.codes())["logloss"]
     )
+
+
+@pytest.mark.parametrize("counts", [(3, 2), (1, 1, 4)], ids=["five images", "classes of one image"])
+def test_the_smallest_data_sets_give_a_finite_model(counts, tmp_path):
+    for number, count in enumerate(counts):
+        noise_in(tmp_path / "train", [f"class{number}"], count, seed=number)
+    assert run_stage(tmp_path, "split", "split", "split.folds=2") == 0
+    for fold in range(2):
+        assert run_stage(tmp_path, "train-fold", f"fold-{fold}", f"FOLD={fold}", *PROBE) == 0
+        oof = out_of_fold(tmp_path, fold)
+        assert np.isfinite(oof.log_probs).all()
+        assert np.exp(oof.log_probs).sum(axis=1) == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("change", ["model.head=mlp", "train.loss=bce"])

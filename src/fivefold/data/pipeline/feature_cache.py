@@ -40,11 +40,11 @@ def get_or_compute(folder: Path | None, digests: Sequence[str | None], compute: 
     digests, rows = list(digests), range(len(digests))
     if folder is None or None in digests:
         return np.concatenate([compute(part) for part in _chunks(rows)])
-    known = _read(folder)
+    known = _read(folder, set(digests))
     if any(digest not in known for digest in digests):
         try:
             with _locked(folder):
-                known = _read(folder)
+                known = _read(folder, set(digests))
                 unknown = {digest: row for row, digest in enumerate(digests) if digest not in known}
                 for part in _chunks(list(unknown.values())):
                     added = dict(zip([digests[row] for row in part], compute(part), strict=True))
@@ -71,13 +71,16 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _read(folder: Path) -> dict[str, np.ndarray]:
-    """Return the features [V, F] of all images in the folder, by digest. Remove a damaged file: its images are computed again."""
+def _read(folder: Path, wanted: set[str]) -> dict[str, np.ndarray]:
+    """Return the features [V, F] of the `wanted` images in the folder, by digest. Remove a damaged file: its images are computed again."""
     known: dict[str, np.ndarray] = {}
     for path in sorted(folder.glob("*.npz")):
         try:
             with open(path, "rb") as file, np.load(file, allow_pickle=False) as content:
-                known |= dict(zip(content["sha256"].tolist(), content["features"], strict=True))
+                digests = content["sha256"].tolist()
+                if wanted.intersection(digests):
+                    found = zip(digests, content["features"], strict=True)
+                    known |= {digest: features for digest, features in found if digest in wanted}
         except (BadZipFile, ValueError, KeyError, EOFError) as error:
             log.warning("%s is damaged (%s): its features are computed again", path, type(error).__name__)
             path.unlink(missing_ok=True)
