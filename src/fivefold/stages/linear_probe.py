@@ -6,7 +6,7 @@ image cache (`feature_cache.py`), so folds, seeds and later runs compute them on
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -42,11 +42,15 @@ class Backbone(nn.Module):
 
 @dataclass(frozen=True)
 class LinearProbe:
-    """A network whose head is fitted to frozen features, and predicts from them."""
+    """A network whose head is fitted to frozen features, and predicts from them.
+
+    `known`: the features [N, V, F] of images by their paths, so that this process computes them once without a cache too.
+    """
 
     network: Classifier
     settings: Settings
     runtime: Runtime
+    known: dict[tuple[str, ...], Tensor] = field(default_factory=dict, repr=False)
 
     def features(self, images: ImageDataset) -> Tensor:
         """Return the features float32 [N, V, F] of N images on the device, in V views, with the image statistics of the model."""
@@ -61,7 +65,10 @@ class LinearProbe:
             stack = partial(torch.stack, dim=1)
             return predict_all(network, images, size, workers, runtime, views, "features", padded, stack)[: len(rows)]
 
-        features = torch.from_numpy(get_or_compute(self._cache(), images.sha256, compute)).to(runtime.device)
+        paths = tuple(images.paths)
+        if paths not in self.known:
+            self.known[paths] = torch.from_numpy(get_or_compute(self._cache(), images.sha256, compute))
+        features = self.known[paths].to(runtime.device)
         if self.network.meta is None:
             return features
         stats = self.network.meta(torch.from_numpy(images.compute_image_stats()).to(runtime.device))
