@@ -4,12 +4,14 @@
 see `weights.py`.
 """
 
+import urllib.error
 import urllib.request
 from contextlib import suppress
 from dataclasses import dataclass
+from http import HTTPStatus
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -216,25 +218,37 @@ def _torch_cache(url: str) -> Path:
 def _download(offer: Published) -> WeightsFile:
     """Ask the hub once for its file, with a time limit for the answer; return the file in the cache."""
     if not offer.repository:
-        urllib.request.urlopen(urllib.request.Request(offer.url, method="HEAD"), timeout=HUB_TIMEOUT_S).close()
+        _check_offered(offer.url)
         path = _torch_cache(offer.url)
         path.parent.mkdir(parents=True, exist_ok=True)
         prefix = path.stem.rpartition("-")[2]  # the hubs' names end with the first digits of the SHA-256
         torch.hub.download_url_to_file(offer.url, str(path), prefix if _is_hex(prefix) else None)
         return WeightsFile(path, offer.url, offer.licence)
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub import constants, hf_hub_download, hf_hub_url
 
+    if constants.HF_HUB_OFFLINE:
+        raise ConnectionError("HF_HUB_OFFLINE is set")
     repository, _, revision = offer.repository.partition("@")
-    options: dict[str, Any] = {"revision": revision or None, "etag_timeout": HUB_TIMEOUT_S}
-    path = ""
     for name in offer.files:
-        with suppress(EntryNotFoundError):
-            path = hf_hub_download(repository, name, **options)
-            break
-    if not path:
-        raise FileNotFoundError(f"{repository} has none of {', '.join(offer.files)}")
-    return WeightsFile(Path(path), f"hf-hub:{offer.repository}", offer.licence)
+        with suppress(FileNotFoundError):
+            _check_offered(hf_hub_url(repository, name, revision=revision or None))
+            path = hf_hub_download(repository, name, revision=revision or None)
+            return WeightsFile(Path(path), f"hf-hub:{offer.repository}", offer.licence)
+    raise FileNotFoundError(f"{repository} has none of {', '.join(offer.files)}")
+
+
+def _check_offered(url: str) -> None:
+    """Ask once whether the hub has this file: the hub's client tries an unreachable hub for most of a minute.
+
+    Raise a FileNotFoundError if it has none, and another OSError if it does not answer in time.
+    """
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=HUB_TIMEOUT_S).close()
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code == HTTPStatus.NOT_FOUND:
+            raise FileNotFoundError(url) from error
+        raise
 
 
 def _is_hex(text: str) -> bool:

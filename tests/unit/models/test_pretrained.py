@@ -1,5 +1,6 @@
 import http.server
 import threading
+import time
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -126,8 +127,10 @@ def test_an_older_file_format_in_the_hub_cache_is_found(tmp_path):
 
 @pytest.mark.parametrize("name", NAMED)
 def test_a_hub_out_of_reach_is_a_retryable_error_that_names_the_ways(name):
+    start = time.monotonic()
     with pytest.raises(RetryableError, match=r"model\.weights=PATH"):
         find_weights(name, "auto")
+    assert time.monotonic() - start < 2 * pretrained.HUB_TIMEOUT_S
 
 
 def test_a_backbone_without_weights_is_an_error():
@@ -147,6 +150,10 @@ def test_a_download_is_checked_and_cached(tmp_path, monkeypatch):
     handler.func.log_message = lambda *_: None
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
+        missing = Published(url=f"http://127.0.0.1:{server.server_port}/none.pth")
+        monkeypatch.setattr(pretrained, "published", lambda _: missing)
+        with pytest.raises(RetryableError, match="FileNotFoundError"):
+            find_weights("timm/net", True)
         for name in (good, bad):
             offer = Published(url=f"http://127.0.0.1:{server.server_port}/{name}")
             monkeypatch.setattr(pretrained, "published", lambda _, offer=offer: offer)
