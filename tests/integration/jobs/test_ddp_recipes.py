@@ -17,7 +17,11 @@ pytestmark = pytest.mark.slow
 
 SMALL_RUN = ["split.folds=2", "train.epochs=2", "train.warmup_epochs=1", "train.batch_size=8"]
 NARROW = 'model.backbone_kwargs={"widths": [16, 16], "stem": 8}'
-OTHERS = {"demo": SMALL_RUN, "small_images": [*SMALL_RUN, NARROW, "augment.mixup_off_epochs=1"]}
+OTHERS = {
+    "demo": SMALL_RUN,
+    "small_images": [*SMALL_RUN, NARROW, "augment.mixup_off_epochs=1"],
+    "photographs": [*SMALL_RUN, "model.image_size=64", "train.method=lp_ft"],
+}
 """For each other recipe: sizes and counts for few images."""
 
 
