@@ -188,13 +188,13 @@ def draw_toy_images(root: Path) -> Path:
     return root
 
 
-def make_toy_run(root: Path) -> Path:
+def make_toy_run(root: Path, settings: Sequence[str] = LEARNS) -> Path:
     """Make a split, three folds, their ensemble, a student and its ensemble from the toy images in `root`."""
     assert run_stage(root, "split", "split", "split.folds=3", "split.holdout=0.1") == 0
     for fold in range(3):
-        assert run_stage(root, "train-fold", f"fold-{fold}", f"FOLD={fold}", *LEARNS) == 0
+        assert run_stage(root, "train-fold", f"fold-{fold}", f"FOLD={fold}", *settings) == 0
     assert run_stage(root, "ensemble", "ensemble", MODEL=root) == 0
-    assert run_stage(root, "distill", "distill", *LEARNS, MODEL=root) == 0
+    assert run_stage(root, "distill", "distill", *settings, MODEL=root) == 0
     assert run_stage(root, "ensemble", "ensemble-student", MODEL=root / "distill" / "model") == 0
     return root
 

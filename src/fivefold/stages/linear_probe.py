@@ -75,15 +75,18 @@ class LinearProbe:
         return torch.cat([features, stats[:, None].expand(-1, features.shape[1], -1)], dim=2)
 
     def fit(self, train: TrainData) -> None:
-        """Fit the head to the training rows: to their labels, or to the mix of labels and teacher of a distillation."""
+        """Fit the head to the training rows: to their labels, or to the mix of labels and teacher of a distillation.
+
+        The teacher's probabilities are not softened: a head that learns softened ones would predict them.
+        """
         if not self.network.initial_weights:
             log.warning("the linear head is fitted to the features of a backbone with random weights")
         if self.network.meta is not None:
             self.network.meta.fit(torch.from_numpy(train.images.compute_image_stats()))
         targets = train.targets
         if train.teacher is not None:
-            alpha, rows = train.teacher.alpha, torch.arange(len(targets))
-            targets = (1 - alpha) * targets + alpha * train.teacher[rows]
+            alpha, probs = train.teacher.alpha, torch.from_numpy(np.exp(train.teacher.log_probs)).to(targets)
+            targets = (1 - alpha) * targets + alpha * probs
         if self.settings.train.class_weights == "balanced":
             targets = targets * balanced_weights(targets)
         fit = fit_linear(self.features(self._evaluation(train.images)), targets, train.groups, self.settings.seed)

@@ -15,7 +15,7 @@ from fivefold.data.readers.stores import open_store
 from fivefold.data.split.fold_table import read_folds
 from fivefold.evaluation.metrics import compute_metrics
 from fivefold.trained_model import ImageList, SharedEvalImages, load_model
-from toy_data import MODEL, copy_run, failure, noise_in, run_stage
+from toy_data import MODEL, copy_run, draw_toy_images, failure, make_toy_run, noise_in, run_stage
 
 PROBE = [
     *MODEL, "train.method=linear_probe", "train.batch_size=8", "train.precision=fp32", "train.loggers=[]", "predict.tta=plain,flip",
@@ -24,16 +24,10 @@ PROBE = [
 
 
 @pytest.fixture(scope="module")
-def probe_run(toy_run, tmp_path_factory) -> Path:
-    """The toy split with three linear probes, their ensemble and a student, with caches below `caches`."""
-    root = copy_run(toy_run, tmp_path_factory.mktemp("probe") / "run", "fold-*", "ensemble*", "distill*")
-    cached = [*PROBE, f"data.cache={root / 'caches'}"]
-    for fold in range(3):
-        assert run_stage(root, "train-fold", f"fold-{fold}", f"FOLD={fold}", *cached) == 0
-    assert run_stage(root, "ensemble", "ensemble", MODEL=root) == 0
-    assert run_stage(root, "distill", "distill", *cached, MODEL=root) == 0
-    assert run_stage(root, "ensemble", "ensemble-student", MODEL=root / "distill" / "model") == 0
-    return root
+def probe_run(tmp_path_factory) -> Path:
+    """The toy run with three linear probes, their ensemble and a student, with caches below `caches`."""
+    root = draw_toy_images(tmp_path_factory.mktemp("probe"))
+    return make_toy_run(root, [*PROBE, f"data.cache={root / 'caches'}"])
 
 
 def out_of_fold(root: Path, fold: int) -> predictions.Predictions:
@@ -66,6 +60,13 @@ def test_the_student_learns_from_the_teachers(probe_run):
     assert np.mean([truth[row] == guess for row, guess in zip(table.ids, guesses, strict=True)]) > 0.75
 
 
+def test_the_students_targets_are_not_softened(probe_run):
+    settings = [*PROBE, f"data.cache={probe_run / 'caches'}", "distill.temperature=9"]
+    assert run_stage(probe_run, "distill", "softened", *settings, MODEL=probe_run) == 0
+    weights = "model/model.safetensors"
+    assert (probe_run / "softened" / weights).read_bytes() == (probe_run / "distill" / weights).read_bytes()
+
+
 def test_all_folds_share_features_and_other_weights_get_their_own(probe_run, tmp_path, caplog):
     def count_files(root: Path) -> int:
         return len(list((root / "caches").glob("features-*/*.npz")))
@@ -77,7 +78,8 @@ def test_all_folds_share_features_and_other_weights_get_their_own(probe_run, tmp
     settings = [*PROBE, f"data.cache={root / 'caches'}"]
     assert run_stage(root, "train-fold", "again", "FOLD=1", *settings, "seed=42") == 0
     assert count_files(root) == before
-    assert load_file(root / "again" / "model" / "model.safetensors").keys()
+    weights = "model/model.safetensors"
+    assert (root / "again" / weights).read_bytes() == (root / "fold-1" / weights).read_bytes()
     for step, change in enumerate(
         ("seed=7", "predict.tta=plain", "model.mean=[0.4,0.4,0.4]", "augment.eval=centre_crop")
     ):
