@@ -20,9 +20,8 @@ def main(job: StageContext, settings: Settings) -> StageResult:
     fold = settings.fold or 0
     log.info("train: no folds channel; splitting by the recipe and training fold %d", fold)
     if settings.model.weights or settings.model.pretrained:
-        start_network(
-            job, build.resolve_inputs(settings), 2
-        )  # only to raise its errors before the split reads all images
+        # only to raise its errors before the split reads all images
+        start_network(job, build.resolve_inputs(settings), 2)
     splitting = replace(
         job,
         stage=STAGES["split"],

@@ -17,6 +17,11 @@ LITE = "timm/tf_efficientnet_lite0"
 NAMED = ("timm/test_resnet", "torchvision/resnet18", "efficientnet_pytorch/efficientnet-b0")
 
 
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        """Log nothing."""
+
+
 @pytest.fixture(autouse=True)
 def empty_caches(tmp_path, monkeypatch):
     """Caches without a file, and a proxy that refuses every connection."""
@@ -146,8 +151,7 @@ def test_a_download_is_checked_and_cached(tmp_path, monkeypatch):
     good, bad = f"net-{sha256(content).hexdigest()[:8]}.pth", "net-00000000.pth"
     for name in (good, bad):
         (tmp_path / name).write_bytes(content)
-    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
-    handler.func.log_message = lambda *_: None
+    handler = partial(QuietHandler, directory=str(tmp_path))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         missing = Published(url=f"http://127.0.0.1:{server.server_port}/none.pth")
