@@ -4,6 +4,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -219,8 +220,14 @@ def load_system(name: str, group: list[ModelDir], views: list[Spec] | None, with
     seeds = len({model.info["seed"] for model in group})
     holdout = mean_table(group, HOLDOUT, within) if unchanged else None
     selected = any(model.info.get("selected_on") == "holdout" for model in group)
-    folds_selected = any(m.info["role"] == "fold" and m.info["settings"]["train"]["epochs"] > 1 for m in group)
+    folds_selected = any(model.info["role"] == "fold" and selects_epochs(model.info["settings"]) for model in group)
     return System(name, len(group), seeds, mean_table(group, OOF), holdout, selected, folds_selected)
+
+
+def selects_epochs(settings: Mapping[str, Any]) -> bool:
+    """Return whether a fold with these settings chose its epoch among several by its out-of-fold rows."""
+    train = settings["train"]
+    return train["method"] != "linear_probe" and train["epochs"] > train["validate_every"]
 
 
 def mean_table(group: list[ModelDir], file: str, within: str = "mean") -> Predictions | None:

@@ -74,7 +74,7 @@ def main(arguments: Sequence[str]) -> int:
     platform = choose(PLATFORMS, "platform", keys.platform)
     run = run_name(keys)
     inputs = platform.check_inputs(make_inputs(keys), Path(keys.runs) / run)
-    everything = make_plan(inputs, overrides, run, keys.runs, keys.recipe, keys.seeds)
+    everything = make_plan(inputs, overrides, run, keys.runs, keys.recipe, keys.seeds, keys.platform == "local")
     plan = select(everything, keys.stages, keys.folds)
     parallel = keys.parallel or 0
     for note in plan.notes:

@@ -35,9 +35,9 @@ from fivefold.models.classifier import HEADS, Classifier, Standardize, build_hea
 from fivefold.models.pretrained import WeightsFile, find_file, find_weights, published
 from fivefold.models.weights import load_matching
 from fivefold.progress import MIB
-from fivefold.system import count_cores, free_shared_memory
+from fivefold.system import DEADLINE, count_cores, free_shared_memory
 from fivefold.training import memory
-from fivefold.training.callbacks import Ema, FreezeBackbone
+from fivefold.training.callbacks import Ema, FreezeBackbone, freeze_norms
 from fivefold.training.loggers import TRACKERS
 from fivefold.training.losses import Loss, balanced_weights, build_loss
 from fivefold.training.mixing import MIXINGS, Mixing
@@ -60,6 +60,7 @@ from fivefold.training.optim import (
     lr_scales,
 )
 from fivefold.training.steps import build_scaler, build_update
+from fivefold.training.time_limit import TimeLimit
 from fivefold.training.trainer import MONITORS, LoopConfig, TrainData, Trainer, ValidData
 
 
@@ -145,7 +146,13 @@ def image_dataset(
 
 
 def build_train_transforms(settings: Settings) -> Transform:
-    return build_transforms(settings.augment.train, settings.model.size, False, settings.model.interpolation)
+    return build_transforms(settings.augment.train, train_size(settings), False, settings.model.interpolation)
+
+
+def train_size(settings: Settings) -> tuple[int, ...]:
+    """Return the (height, width) of training images in pixels."""
+    side = settings.augment.image_size
+    return (side, side) if side else settings.model.size
 
 
 def build_eval_transforms(settings: Settings) -> Transform:
@@ -167,8 +174,12 @@ def build_trainer(
     runtime: Runtime,
     select: bool,
     patience: int,
+    deadline: float = math.inf,
 ) -> Trainer:
-    """Build all components of a training run; if `train` has a teacher, it is a distillation."""
+    """Build all components of a training run; if `train` has a teacher, it is a distillation.
+
+    `deadline`: when the run must end, in seconds since 1970.
+    """
     check_training(settings)
     seed_everything(settings.seed)
     chosen = settings.train
@@ -182,7 +193,17 @@ def build_trainer(
     optimizer = build_optimizer(chosen.optimizer, model, chosen.lr, chosen.weight_decay, chosen.momentum, shares)
     steps = -(-count_batches(len(train.images), chosen.batch_size, chosen.drop_last) // chosen.grad_accum_steps)
     total, warmup = steps * chosen.epochs, chosen.warmup_epochs
-    schedule = Schedule(chosen.schedule, optimizer, total, steps, warmup, chosen.lr_step_epochs, chosen.lr_gamma)
+    limit = _time_limit(settings, runtime, deadline, 0 if valid is None else len(valid.images))
+    schedule = Schedule(
+        chosen.schedule,
+        optimizer,
+        total,
+        steps,
+        warmup,
+        chosen.lr_step_epochs,
+        chosen.lr_gamma,
+        lambda: limit.progress,
+    )
     scaler = build_scaler(runtime)
     objective = _build_objective(settings, loss, train)
     update = build_update(model, objective, optimizer, runtime, chosen.max_grad_norm, chosen.sam_rho, scaler)
@@ -212,8 +233,18 @@ def build_trainer(
         monitor=chosen.monitor,
         select=select,
         runtime=runtime,
-        components=parts | {RUNTIME: PrecisionState(runtime)},
+        limit=limit,
+        components=parts | {RUNTIME: PrecisionState(runtime), "limit": limit},
     )
+
+
+def _time_limit(settings: Settings, runtime: Runtime, deadline: float, valid: int) -> TimeLimit:
+    """Return the limit of a run; after its last step `valid` rows are validated, and predicted in all views."""
+    if deadline < math.inf and not runtime.process_group.is_single:
+        log.warning("ignored: %s, because several processes train together", DEADLINE)
+        return TimeLimit()
+    scale = math.prod(settings.model.size) / math.prod(train_size(settings))
+    return TimeLimit(deadline, valid * (1 + len(settings.predict.tta)) * scale)
 
 
 def _loop_config(settings: Settings, runtime: Runtime, patience: int) -> LoopConfig:
@@ -234,6 +265,8 @@ def _callbacks(settings: Settings, network: Classifier, train: TrainData, steps:
     """Return the callbacks of freezing and distillation by their keys in a checkpoint; an epoch has this many `steps`."""
     chosen, distill = settings.train, settings.distill
     callbacks: dict[str, Any] = {}
+    if chosen.freeze_norms:
+        freeze_norms(network.backbone)
     if chosen.freeze_epochs:
         callbacks["freezing"] = FreezeBackbone(network.backbone, chosen.freeze_epochs * steps)
     if train.teacher is not None:
@@ -252,7 +285,16 @@ def check_memory(network: Classifier, settings: Settings, runtime: Runtime, imag
     copies = 1 + choose(OPTIMIZER_STATES, "optimizer", chosen.optimizer)
     copies += (chosen.ema_decay > 0) + (chosen.sam_rho > 0)
     meta = count_stats(settings.model.image_stats)
-    estimate = memory.estimate_memory(runtime.to_device(network), settings.model.size, runtime, copies, meta)
+    size = train_size(settings)
+    try:
+        estimate = memory.estimate_memory(runtime.to_device(network), size, runtime, copies, meta)
+    except (AssertionError, RuntimeError) as error:
+        if size == settings.model.size:
+            raise
+        raise SettingsError(
+            f"augment.image_size={size[0]}: the network takes no images of this size ({error}); "
+            "set augment.image_size=0, or another size"
+        ) from error
     # R-Drop with a random backbone runs one batch of twice the rows; each rank holds a part of the batch.
     passes = 2 if chosen.rdrop_alpha and _backbone_is_stochastic(network, settings, runtime) else 1
     estimate = replace(estimate, image=-(-passes * estimate.image // rank.world_size))

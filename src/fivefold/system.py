@@ -16,6 +16,8 @@ GLIBC_TUNABLES = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627
 
 By default glibc maps each large tensor again, and the kernel zeroes its pages: a quarter of a small network's step on a CPU.
 """
+DEADLINE = "FIVEFOLD_DEADLINE"
+"""The variable with the end of a training process, in seconds since 1970. The launcher of a run sets it."""
 TICK = 0.01
 """Resolution in seconds of Linux's CPU times."""
 CGROUPS = Path("/sys/fs/cgroup")

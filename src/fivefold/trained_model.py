@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fivefold.build import (
     build_classifier,
@@ -35,15 +35,15 @@ from fivefold.data.split.fold_table import FoldTable
 from fivefold.data.transforms.registry import Transform
 from fivefold.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from fivefold.errors import DataError, SettingsError
-from fivefold.inference.predictor import Runtime, log_mean, predict, predict_all
+from fivefold.inference.predictor import Runtime, ViewReducer, log_mean, predict, predict_all
 from fivefold.lookup import choose
-from fivefold.models.classifier import LINKS
-from fivefold.models.weights import load_strict, save_weights
+from fivefold.models.classifier import LINKS, Backbone
+from fivefold.models.weights import digest_weights, load_strict, save_weights
 from fivefold.training.losses import build_loss
 from fivefold.training.trainer import BestCheckpoint
 
 FORMAT = 1
-MACHINE_SETTINGS = dict.fromkeys(("run", "runs", "stage", "serve", *PLATFORM_SECTIONS), True) | {
+MACHINE_SETTINGS = dict.fromkeys(("run", "runs", "stage", "time", "serve", *PLATFORM_SECTIONS), True) | {
     "data": {"cache", "cache_gib"}
 }
 """Settings of the place of a run, which `model.json` does not contain: a model does not depend on where it was trained."""
@@ -63,9 +63,29 @@ class TrainedModel:
     def predict_cached(
         self, shared: "SharedEvalImages", label: str, views: Sequence[Spec] = (), rows: Sequence[int] | None = None
     ) -> np.ndarray:
-        """Predict shared images or some `rows` of them, as `predict_images`; they are prepared once for all models."""
+        """Predict shared images or some `rows` of them, as `predict_images`; they are prepared once for all models.
+
+        Linear probes of one backbone also share the features of all images.
+        """
         images = shared.for_model(self)
-        return predict_images(self.network, self.settings, self.runtime, images, label, views, rows, self.link)
+        if self.settings.train.method == "linear_probe" and rows is None and self.network.meta is None:
+            return self._predict_features(shared, images, label, views or self.settings.predict.tta)
+        of_views = partial(log_mean, link=self.link)
+        return predict_images(self.network, self.settings, self.runtime, images, label, views, rows, of_views)
+
+    def _predict_features(
+        self, shared: "SharedEvalImages", images: EvalImageCache, label: str, views: Sequence[Spec]
+    ) -> np.ndarray:
+        """Predict all shared images from their features in each view, which an earlier model may have computed."""
+        digest = digest_weights(self.network.backbone)
+        key = repr((digest, self.preprocess_key, views, precision_name(self.runtime), self.runtime.device))
+        if key not in shared.features:
+            network, stack = Backbone(self.network), partial(torch.stack, dim=1)
+            features = predict_images(network, self.settings, self.runtime, images, label, views, None, stack)
+            shared.features[key] = torch.from_numpy(features).to(self.runtime.device)
+        with torch.inference_mode(), self.runtime.autocast():
+            logits = [self.network.head(view).float() for view in shared.features[key].unbind(dim=1)]
+        return log_mean(logits, self.link).cpu().numpy()
 
     @property
     def preprocess_key(self) -> str:
@@ -120,6 +140,8 @@ class SharedEvalImages:
     scratch: Path | None = None
     use_placeholders: bool = False
     caches: dict[str, EvalImageCache] = field(default_factory=dict)
+    features: dict[str, Tensor] = field(default_factory=dict)
+    """Features [N, V, F] of N images in V views, by backbone, preprocessing and views."""
 
     @property
     def unreadable(self) -> list[int]:
@@ -149,16 +171,15 @@ def predict_images(
     label: str,
     views: Sequence[Spec] = (),
     rows: Sequence[int] | None = None,
-    link: str = "softmax",
+    reduce_views: ViewReducer = log_mean,
 ) -> np.ndarray:
     """Return log-probabilities float32 [N, C] of all images or of some `rows`, with `views` or else the recipe's views.
 
-    Show a progress bar if `label` is not empty. `link`: that of the training loss.
+    Show a progress bar if `label` is not empty. `reduce_views` combines the views' logits, by the link of the training loss.
     """
-    size = predict_batch_size(settings)
+    size, views = predict_batch_size(settings), views or settings.predict.tta
     workers = choose_workers(settings.train.num_workers, runtime, largest_batch_bytes(settings, training=False))
-    views, of_views = views or settings.predict.tta, partial(log_mean, link=link)
-    return predict_all(network, images, size, workers, runtime, views, label, rows, of_views)
+    return predict_all(network, images, size, workers, runtime, views, label, rows, reduce_views)
 
 
 def load_model(

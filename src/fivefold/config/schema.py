@@ -4,6 +4,7 @@ A recipe is a TOML or JSON file with these sections. `loading.py` overrides its 
 environment variables and command-line arguments. Functions below `build.py` take plain arguments, not settings.
 """
 
+import math
 import re
 from typing import Annotated, Any, Literal, Self
 
@@ -24,6 +25,9 @@ MAX_NAME_BYTES = 150
 """Limit of the names of a system and of a run, because file names contain them."""
 
 
+SECONDS = {"s": 1, "m": 60, "h": 3600}
+DURATION = r"\d+(\.\d+)?[smh]"
+"""A time: a number and its unit, a key of SECONDS."""
 EXPECTED = "; with pretrained: what the weights expect"
 """Ends the description of a key whose default depends on the pretrained weights; see `build.resolve_inputs`."""
 
@@ -152,6 +156,7 @@ class Augment(Section):
         "transforms of a training image, in order",
     )
     eval: list[Spec] = setting(["resize"], "transforms of an image for evaluation and prediction, in order")
+    image_size: int = setting(0, "input size in training, in pixels; 0: model.image_size", ge=0)
     batch_mix: str = setting("none", "mixing of the images of a batch: none, mixup or cutmix")
     mix_alpha: float = setting(1.0, "alpha of the mixing ratio lambda ~ Beta(alpha, alpha)", gt=0)
     mix_prob: float = setting(1.0, "fraction of batches that are mixed", ge=0, le=1)
@@ -162,6 +167,7 @@ class Train(Section):
     method: Literal["fine_tune", "linear_probe", "lp_ft"] = setting(
         "fine_tune", "linear_probe: a linear head on frozen features; lp_ft: that head, then fine-tuning"
     )
+    linear_first: bool = setting(False, "submit on this machine: also fit linear probes, a system that is ready early")
     epochs: int = setting(30, "passes over the training rows", ge=1)
     batch_size: int = setting(32, "images per batch", ge=1)
     grad_accum_steps: int = setting(1, "batches per optimiser step (gradient accumulation)", ge=1)
@@ -177,6 +183,7 @@ class Train(Section):
     backbone_lr_scale: float = setting(1.0, "learning rate of the backbone, as a fraction of lr", gt=0, le=1)
     layer_decay: float = setting(1.0, "learning rate factor per layer, from the last; below 1: timm/ only", gt=0, le=1)
     freeze_epochs: int = setting(0, "first N epochs with a frozen backbone, BatchNorm included", ge=0)
+    freeze_norms: bool = setting(False, "keep the statistics of BatchNorm: those of the initial weights")
     weight_decay: float = setting(1e-4, "not applied to norms, biases, scales and timm's exemptions", ge=0)
     momentum: float = setting(0.9, "momentum of sgd and muon", ge=0, lt=1)
     schedule: str = setting("cosine", "learning rate schedule: constant, cosine or step")
@@ -392,6 +399,7 @@ class Settings(Section):
     stage: str = setting("", "stage to run if no argument names it")
     run: str = setting("", "run name and report title; a stage reads and writes in the run's folder")
     runs: str = setting("runs", "folder of all runs, or an s3://bucket/prefix")
+    time: str = setting("", "limit of a run on this machine, e.g. 90s, 30m or 2h; empty: none")
     on_version_change: Literal["rerun", "warn", "ignore"] = setting(
         "warn", "what to do with results of other code or package versions: rerun, warn or ignore"
     )
@@ -413,6 +421,13 @@ class Settings(Section):
     def check(self) -> None:
         for key in ("system", "run"):
             reject_if(len(getattr(self, key).encode()) > MAX_NAME_BYTES, f"{key} is longer than {MAX_NAME_BYTES} bytes")
+        valid = not self.time or re.fullmatch(DURATION, self.time)
+        reject_if(not valid, f"time={self.time!r} is not a time such as 90s, 30m or 2h")
+
+    @property
+    def time_limit(self) -> float:
+        """Return the seconds of `time`, infinity if it is empty."""
+        return float(self.time[:-1]) * SECONDS[self.time[-1]] if self.time else math.inf
 
     def student(self) -> "Settings":
         """Return the settings with `[distill.model]` and `[distill.train]` applied over `[model]` and `[train]`."""
@@ -433,6 +448,7 @@ EXECUTION_KEYS = {
     "runs",
     "on_version_change",
     "offline",
+    "train.linear_first",
     "data.cache",
     "data.cache_gib",
     "data.max_unpacked_gib",

@@ -5,6 +5,7 @@ own SM_* variables. Its output goes to `<step>/log.txt` and to the terminal.
 """
 
 import contextlib
+import math
 import os
 import shlex
 import shutil
@@ -26,10 +27,19 @@ from fivefold.contract.stage_specs import FAILURE
 from fivefold.data.readers.stores import open_store
 from fivefold.errors import MissingInputError, RetryableError, SettingsError
 from fivefold.launchers.plan import Inputs, Plan, Step
+from fivefold.launchers.run_clock import RunClock
 from fivefold.launchers.scheduler import Scheduler
-from fivefold.launchers.status import LOG, describe_failure, read_results, record_end, record_start, running_pid
+from fivefold.launchers.status import (
+    LOG,
+    describe_failure,
+    read_results,
+    read_step_record,
+    record_end,
+    record_start,
+    running_pid,
+)
 from fivefold.launchers.terminal import format_title, write_line, write_output
-from fivefold.system import GLIBC_TUNABLES, count_cores, free_memory
+from fivefold.system import DEADLINE, GLIBC_TUNABLES, count_cores, free_memory
 
 POLL_INTERVAL_S = 0.03
 DROPPED_VARIABLES = {"JOB_COMPLETION_INDEX", "SAGEMAKER_BASE_DIR"}
@@ -42,6 +52,7 @@ def launch(plan: Plan, parallel: int = 0, environ: Mapping[str, str] = os.enviro
     """Run the plan's steps, at most `parallel` at a time (0: `default_parallelism` decides). Return the exit code of the first failed step.
 
     Return 130 or 143 after SIGINT or SIGTERM, which are forwarded to the steps; then wait for the steps.
+    Raise a SettingsError if the run's time ends before it has a result.
     """
     for step in plan.steps:
         if (pid := running_pid(step)) is not None:
@@ -53,12 +64,28 @@ def launch(plan: Plan, parallel: int = 0, environ: Mapping[str, str] = os.enviro
     # the same number for every fold, however many run: another number of threads changes the last bits of results
     fold_threads = 0 if devices or parallel == 1 else max(1, count_cores() // parallel)
 
+    clock = RunClock(plan.folder, plan.steps, plan.settings)
+
     def environment(step: Step, gpu: str) -> dict[str, str]:
-        threads = fold_threads if step.stage == "train-fold" else 0
-        return {**step_environment(step, environ, gpu, threads), **shared_cache(plan)}
+        threads = fold_threads if step.stage == "train-fold" and not step.all_cores else 0
+        deadline = clock.deadline(step, parallel)
+        limit = {DEADLINE: f"{deadline:.1f}"} if step.timed and deadline < math.inf else {}
+        return {**step_environment(step, environ, gpu, threads), **shared_cache(plan), **limit}
 
     backend = LocalBackend(devices if parallel > 1 else [], environment)
-    return Scheduler(plan.steps, backend, parallel, POLL_INTERVAL_S).run()
+    scheduler = Scheduler(plan.steps, backend, parallel, POLL_INTERVAL_S, clock)
+    try:
+        code = scheduler.run()
+    finally:
+        clock.save(at_once=True)
+    scored = [step for step in plan.steps if step.stage in ("ensemble", "evaluate")]
+    if scheduler.left_out and scored and not any(map(read_step_record, scored)):
+        first = next(iter(scheduler.left_out))
+        raise SettingsError(
+            f"time={plan.settings.time} is too short: the run has no result yet, and has used {clock.used:.0f} s when "
+            f"{first} ended; set a longer time= with run={plan.run} to go on"
+        )
+    return code
 
 
 def check_machine(plan: Plan) -> None:

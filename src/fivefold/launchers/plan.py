@@ -3,6 +3,11 @@
     split ─► fold-0 … fold-K ─► ensemble ─► evaluate
                      └────────► distill ─► ensemble-student ─► evaluate-student
 
+With `train.linear_first`, linear probes come before the folds; their ensemble and report are in the folders of the
+final ones, which replace them.
+
+    split ─► linear-fold-0 … ─► linear-ensemble ─► linear-evaluate ─► fold-0 …
+
 A step's files are in `<runs>/<run>/<step>/{model,output,checkpoints}`. A plan is data: platforms
 run it, `--dry-run` prints it, and `status` reads it.
 """
@@ -19,11 +24,13 @@ from fivefold.config.loading import arguments_layer, in_sections, load, normaliz
 from fivefold.config.schema import Settings
 from fivefold.contract.run_layout import channel_paths, output_variables
 from fivefold.contract.s3.urls import is_url, parse
-from fivefold.contract.stage_specs import STAGES
+from fivefold.contract.stage_specs import RECORD, STAGES
 from fivefold.errors import SettingsError
 from fivefold.lookup import choose
 
 PLAN = "plan.json"
+LINEAR = "linear"
+"""The folder of the linear probes of `train.linear_first`."""
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,149}")
 
 
@@ -55,7 +62,8 @@ class Step:
     """One process: `python -m fivefold.jobs <command>` with `environment`, after the steps it needs.
 
     `epochs` is the maximum number of epochs of a training step, 0 for other steps. `fold` is set if the step trains a
-    fold, `seed` if it trains a model.
+    fold, `seed` if it trains a model. `all_cores`: no other step runs beside it. `timed`: a limit of the run's time
+    shortens it.
     """
 
     name: str
@@ -67,6 +75,8 @@ class Step:
     epochs: int = 0
     fold: int | None = None
     seed: int | None = None
+    all_cores: bool = False
+    timed: bool = False
 
     @property
     def command(self) -> tuple[str, ...]:
@@ -96,8 +106,11 @@ def make_plan(
     runs: str = "runs",
     recipe: str = "",
     seeds: Sequence[int] = (),
+    local: bool = False,
 ) -> Plan:
     """Return the plan of all stages for `recipe`, with `overrides` (KEY=VALUE) for the stages that use them.
+
+    `local`: the steps run on this machine, the only one with `time` and `train.linear_first`.
 
     Raise a SettingsError for an invalid name, key or value before anything runs.
     """
@@ -107,7 +120,12 @@ def make_plan(
             f"run={run[:200]!r} must be a folder name: at most 150 letters, digits, '.', '_' and '-', not starting with '.'"
         )
     settings = _load_settings(overrides, recipe, seeds)
+    if settings.time and not local:
+        raise SettingsError(f"time={settings.time} limits a run on this machine only: set platform=local, or no time=")
     builder = _Builder(Path(runs) / run, inputs, settings, tuple(overrides), recipe, tuple(seeds))
+    if settings.train.linear_first and settings.train.method != "linear_probe":
+        builder.linear_first = local
+        builder.notes += [] if local else ["train.linear_first: the plan omits linear probes; they need platform=local"]
     builder.build()
     return Plan(run, builder.folder, tuple(builder.steps), tuple(builder.notes), settings)
 
@@ -159,6 +177,7 @@ class _Builder:
     overrides: tuple[str, ...]
     recipe: str
     seeds: tuple[int, ...]
+    linear_first: bool = False
     steps: list[Step] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -167,11 +186,15 @@ class _Builder:
         self._add("split", "split", {"train": inputs.train, "eval": inputs.eval})
         images = {"train": inputs.train, "weights": inputs.weights}
         seeds = self.seeds or (self.settings.seed,)
+        linear = self._add_linear(images, seeds[0]) if self.linear_first else ()
+        folds = []
         for seed in seeds:
-            for fold in range(1 if split.ratios else split.folds):
+            for fold in range(self._folds):
                 name = f"fold-{fold}" if seed == seeds[0] else f"fold-{fold}-seed-{seed}"
-                self._add(name, "train-fold", images, ("split",), self.settings.train.epochs, fold, seed)
-        teachers = tuple(step.name for step in self.steps[1:])
+                needs = ("split", *linear[-1:])
+                self._add(name, "train-fold", images, needs, self.settings.train.epochs, fold, seed, timed=True)
+                folds.append(name)
+        teachers = (*linear, *folds)
         self._add_scores("ensemble", "evaluate", str(self.folder), teachers)
         if not inputs.eval:
             self.notes.append("no eval=: no test images to predict; evaluate reports on out-of-fold and holdout rows")
@@ -186,6 +209,28 @@ class _Builder:
         self._add("distill", "distill", images, teachers, self.settings.student().train.epochs, seed=seeds[0])
         self._add_scores("ensemble-student", "evaluate-student", str(self.folder / "distill" / "model"), ("distill",))
 
+    @property
+    def _folds(self) -> int:
+        return 1 if self.settings.split.ratios else self.settings.split.folds
+
+    def _add_linear(self, images: Mapping[str, str | None], seed: int) -> tuple[str, ...]:
+        """Add the linear probes of all folds, their ensemble and their evaluation; return their names.
+
+        The first fold computes the features of all images, with all cores. A finished final ensemble is not replaced.
+        """
+        arguments = (f"system={self.settings.system}_linear", "train.method=linear_probe")
+        names: list[str] = []
+        for fold in range(self._folds):
+            name, folder = f"linear-fold-{fold}", self.folder / LINEAR / f"fold-{fold}"
+            needs = ("split", *names[:1])
+            self._add(name, "train-fold", images, needs, 1, fold, seed, folder, arguments, all_cores=fold == 0)
+            names.append(name)
+        if not (self.folder / "ensemble" / "output" / RECORD).is_file():
+            model, before = str(self.folder / LINEAR), len(self.steps)
+            self._add_scores("linear-ensemble", "linear-evaluate", model, tuple(names))
+            names += [step.name for step in self.steps[before:]]
+        return tuple(names)
+
     def _add_scores(self, ensemble: str, evaluate: str, model: str, needs: tuple[str, ...]) -> None:
         """Add the step that predicts the eval images with the models below `model`, if there is an eval, and its evaluation.
 
@@ -194,13 +239,15 @@ class _Builder:
         inputs, split = self.inputs, self.settings.split
         channels = {"train": inputs.train, "model": model, "predictions": None}
         if inputs.eval:
-            self._add(ensemble, "ensemble", {"model": model, "eval": inputs.eval}, needs)
-            channels |= {"predictions": str(self.folder / ensemble / "output"), "eval": inputs.eval}
+            folder = self.folder / ensemble.removeprefix(f"{LINEAR}-")
+            self._add(ensemble, "ensemble", {"model": model, "eval": inputs.eval}, needs, folder=folder)
+            channels |= {"predictions": str(folder / "output"), "eval": inputs.eval}
             channels |= {"ground_truth": inputs.ground_truth}
             needs = (ensemble,)
         truth = inputs.eval and (inputs.ground_truth or inputs.truth_unknown)
-        if evaluate == "evaluate" or truth or split.holdout > 0 or (split.ratios and split.ratios[2]):
-            self._add(evaluate, "evaluate", channels, needs)
+        if evaluate != "evaluate-student" or truth or split.holdout > 0 or (split.ratios and split.ratios[2]):
+            folder = self.folder / evaluate.removeprefix(f"{LINEAR}-")
+            self._add(evaluate, "evaluate", channels, needs, folder=folder)
         else:
             self.notes.append(f"no ground truth for eval and no holdout: the plan omits {evaluate}")
 
@@ -213,9 +260,15 @@ class _Builder:
         epochs: int = 0,
         fold: int | None = None,
         seed: int | None = None,
+        folder: Path | None = None,
+        extra: Sequence[str] = (),
+        **options: bool,
     ) -> None:
-        """Add a step. `channels` extend or replace the channels that its stage reads from the run."""
-        folder = self.folder / name
+        """Add a step. `channels` extend or replace the channels that its stage reads from the run, `extra` its arguments.
+
+        `options` are those of the Step.
+        """
+        folder = folder or self.folder / name
         paths = {**channel_paths(stage, str(self.folder)), **channels}
         environment = {f"SM_CHANNEL_{channel.upper()}": path for channel, path in paths.items() if path}
         environment |= output_variables(stage, str(folder))
@@ -226,7 +279,10 @@ class _Builder:
         arguments += [text for text in self.overrides if in_sections(_key(text), sections)]
         if self.seeds and seed is not None:
             arguments.append(f"seed={seed}")
-        self.steps.append(Step(name, stage, tuple(arguments), environment, folder, needs, epochs, fold, seed))
+        arguments += extra
+        self.steps.append(
+            Step(name, stage, tuple(arguments), environment, folder, tuple(needs), epochs, fold, seed, **options)
+        )
 
 
 def _load_settings(overrides: Sequence[str], recipe: str, seeds: Sequence[int]) -> Settings:

@@ -47,6 +47,17 @@ class Backend(Protocol):
         """Return the reason why a step failed, and the path of its log."""
 
 
+class Clock(Protocol):
+    """The time of a run: `left` seconds, whether a step `fits`; `save` is called often."""
+
+    @property
+    def left(self) -> float: ...
+
+    def fits(self, step: Step) -> bool: ...
+
+    def save(self) -> None: ...
+
+
 class Signals:
     """Record SIGINT and SIGTERM while the block runs, instead of exiting."""
 
@@ -74,8 +85,13 @@ class Scheduler:
         backend: Backend,
         parallel: int = 0,
         poll_interval: float = 1.0,
+        clock: Clock | None = None,
     ) -> None:
-        """Run at most `parallel` steps at the same time (0: no limit), and poll them every `poll_interval`."""
+        """Run at most `parallel` steps at the same time (0: no limit), and poll them every `poll_interval`.
+
+        `clock` leaves out steps that do not fit the time, and ends the run.
+        """
+        self.clock, self.left_out = clock, {}
         self.backend, self.parallel, self.seconds = backend, parallel, poll_interval
         self.steps = {step.name: step for step in steps}
         self.running: dict[str, Step] = {}
@@ -87,7 +103,10 @@ class Scheduler:
         self._failed_polls = 0
 
     def run(self) -> int:
-        """Run the steps. Return 0, the exit code of the first failed step, or 128 + the first signal."""
+        """Run the steps. Return 0, the exit code of the first failed step, or 128 + the first signal.
+
+        Steps that a clock leaves out or stops do not count as failed.
+        """
         with Signals() as signals:
             try:
                 self._run(signals.received)
@@ -97,14 +116,20 @@ class Scheduler:
         self._print_skipped()
         if signals.received:
             return 128 + signals.received[0]
-        return next((code for code in self.ended.values() if code), 0)
+        return next((code for name, code in self.ended.items() if code and name not in self.left_out), 0)
 
     def _run(self, received: Sequence[int]) -> None:
-        handled = 0
+        handled, time_over = 0, False
         while True:
             self._start_ready(received)
             if not self.running:
                 return
+            if self.clock is not None:
+                self.clock.save()
+                if self.clock.left <= 0 and not time_over and not received:
+                    time_over = True
+                    self.left_out |= dict.fromkeys(self.running, "the time is over")
+                    self.backend.stop(list(self.running.values()), signal.SIGTERM, again=False)
             if handled < len(received):
                 if not self.backend.stop(list(self.running.values()), received[handled], again=handled > 0):
                     return
@@ -121,6 +146,10 @@ class Scheduler:
             if not self._ready:
                 return
             step = self.steps[self._ready[0]]
+            if self.clock is not None and not self.clock.fits(step):
+                self.left_out[step.name] = "the time that is left is too short"
+                self._ready.remove(step.name)
+                continue
             try:
                 code = self.backend.start(step)
             except RetryableError as error:
@@ -162,5 +191,7 @@ class Scheduler:
         for step in self.steps.values():
             missing = [name for name in step.needs if self.ended.get(name) != 0]
             if step.name not in self.ended and step.name not in self.running:
-                reason = f"it needs {', '.join(missing)}" if missing else "a signal arrived before"
+                reason = self.left_out.get(step.name) or (
+                    f"it needs {', '.join(missing)}" if missing else "a signal arrived before"
+                )
                 write_line(f"{step.name} was not started: {reason}")

@@ -35,7 +35,7 @@ class Status:
 
 
 def write_plan(plan: Plan) -> None:
-    steps = [{**asdict(step), "folder": str(step.folder)} for step in plan.steps]
+    steps = [{**asdict(step), "folder": str(step.folder.relative_to(plan.folder))} for step in plan.steps]
     write_json(plan.folder / PLAN, {"run": plan.run, "folder": str(plan.folder), "notes": plan.notes, "steps": steps})
 
 
@@ -47,7 +47,7 @@ def read_plan(folder: Path) -> Plan:
     tree = read_json(path)
     try:
         for step in tree["steps"]:
-            step |= {"folder": folder / step["name"], **{key: tuple(step[key]) for key in ("arguments", "needs")}}
+            step |= {"folder": folder / step["folder"], **{key: tuple(step[key]) for key in ("arguments", "needs")}}
         return Plan(tree["run"], folder, tuple(Step(**step) for step in tree["steps"]), tuple(tree["notes"]))
     except (KeyError, TypeError) as error:
         raise DataError(f"{path} is not a plan: {error}") from error

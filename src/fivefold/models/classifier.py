@@ -42,6 +42,17 @@ class Classifier(nn.Module):
         return features if self.meta is None else torch.cat([features, self.meta(meta)], dim=1)
 
 
+class Backbone(nn.Module):
+    """Images to the features of a classifier's backbone alone; meta features are ignored."""
+
+    def __init__(self, network: Classifier) -> None:
+        super().__init__()
+        self.backbone = network.backbone
+
+    def forward(self, images: Tensor, _: Tensor | None = None) -> Tensor:
+        return self.backbone(images)
+
+
 class Standardize(nn.Module):
     """(x - mean) / std of each of M features; mean and std are buffers, saved with the weights and not trained."""
 

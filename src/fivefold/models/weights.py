@@ -1,5 +1,6 @@
 """Weights on disk: save and load models as safetensors, and initialise backbones from checkpoints of other programs."""
 
+import hashlib
 import sys
 import warnings
 from collections import Counter
@@ -248,3 +249,11 @@ def load_strict(model: nn.Module, path: Path) -> None:
         model.load_state_dict(_read_safetensors(path))
     except RuntimeError as error:
         raise DataError(f"{path} does not contain the weights that its model.json describes: {error}") from error
+
+
+def digest_weights(network: nn.Module) -> str:
+    """Return the SHA-256 of all parameters and buffers, with their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()

@@ -4,7 +4,6 @@ The features of an image are those of the evaluation transform, for each of the 
 image cache (`feature_cache.py`), so folds, seeds and later runs compute them once.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fivefold import build
 from fivefold.config.schema import Settings
@@ -22,22 +21,12 @@ from fivefold.data.pipeline.feature_cache import get_or_compute, name_of
 from fivefold.data.pipeline.image_cache import DECODER
 from fivefold.inference.predictor import Runtime, log_mean, predict_all
 from fivefold.log import log
-from fivefold.models.classifier import Classifier
+from fivefold.models.classifier import Backbone, Classifier
+from fivefold.models.weights import digest_weights
 from fivefold.stages.image_source import cache_folder
 from fivefold.training.linear_probe import fit_linear
 from fivefold.training.losses import balanced_weights
 from fivefold.training.trainer import BestCheckpoint, TrainData, Trainer, score_logits
-
-
-class Backbone(nn.Module):
-    """The backbone alone; image statistics are ignored."""
-
-    def __init__(self, network: Classifier) -> None:
-        super().__init__()
-        self.backbone = network.backbone
-
-    def forward(self, images: Tensor, _: Tensor | None = None) -> Tensor:
-        return self.backbone(images)
 
 
 @dataclass(frozen=True)
@@ -133,12 +122,9 @@ class LinearProbe:
         folder = cache_folder(self.settings)
         if folder is None or not self.runtime.process_group.is_single:
             return None
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.network.backbone.state_dict().items()):
-            digest.update(name.encode() + tensor.detach().cpu().numpy().tobytes())
         model, data = self.settings.model, decode_options(self.settings.data)
         facts = {
-            "weights": digest.hexdigest(),
+            "weights": digest_weights(self.network.backbone),
             "backbone": [model.backbone, model.backbone_kwargs],
             "images": [model.size, model.mean, model.std, model.interpolation, self.settings.augment.eval],
             "decoding": [DECODER, data.resize_shorter_side, data.scaled],

@@ -1,8 +1,10 @@
 """A training run of `train-fold` or `distill`: from a network with initial weights to a model directory."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,12 @@ from fivefold.data.split.fold_table import HELD_OUT_PARTS, FoldTable, read_folds
 from fivefold.distributed.process_group import ProcessGroup
 from fivefold.evaluation.metrics import compute_metrics, predicted_classes
 from fivefold.evaluation.plots import evenly_spaced, plot_image_grid, plot_training_curves
-from fivefold.inference.predictor import Runtime
+from fivefold.inference.predictor import Runtime, log_mean
 from fivefold.log import log
 from fivefold.models.classifier import Classifier
 from fivefold.predictions import Predictions
 from fivefold.stages.linear_probe import LinearProbe
+from fivefold.system import DEADLINE
 from fivefold.trained_model import evaluation_images, predict_images, save_model
 from fivefold.training.checkpoints import Checkpoints
 from fivefold.training.loggers import Run, Tracker, close_trackers, csv_logger, open_trackers
@@ -80,13 +83,14 @@ def resolve_runtime(
 
 
 def probe_cache_dir(job: StageContext) -> Path | None:
-    """Return the folder for decisions that a run's stages share: beside the step, if the step's split lies there too.
+    """Return the folder for decisions that a run's stages share: in the run's folder, which has the split and this step.
 
     None if the split lies elsewhere, or if this user cannot write to the folder.
     """
-    run, split = job.model().absolute().parent.parent, job.channels["folds"].absolute()
-    together = split in (run / "split", run / "split" / "output")
-    return run / PROBE_CACHE_DIR if together and os.access(run, os.W_OK) else None
+    split = job.channels["folds"].absolute()
+    folders = job.model().absolute().parents
+    run = next((run for run in folders if split in (run / "split", run / "split" / "output")), None)
+    return run / PROBE_CACHE_DIR if run is not None and os.access(run, os.W_OK) else None
 
 
 def check_disk(job: StageContext, network: nn.Module, settings: Settings) -> None:
@@ -135,7 +139,15 @@ class TrainingRun:
             self.probe.fit(train)
         valid = ValidData(self.valid_images, self.table.codes[valid_rows]) if len(valid_rows) else None
         self.trainer = build.build_trainer(
-            self.label, self.network, train, valid, self.settings, self.runtime, select, patience
+            self.label,
+            self.network,
+            train,
+            valid,
+            self.settings,
+            self.runtime,
+            select,
+            patience,
+            float(os.environ.get(DEADLINE) or math.inf),
         )
         self.best = self._fit_tracked(logger) if self.job.rank.is_main else self._fit(self.trainer)
         name, self.deciding = next(iter(self.best.items()))
@@ -175,8 +187,8 @@ class TrainingRun:
         else:
             validated = np.array_equal(rows, self.valid_rows)
             images = self.valid_images if validated else evaluation_images(self.store, self.table, rows, self.settings)
-            link = self.trainer.loss.link
-            log_probs = predict_images(self.model, self.settings, self.runtime, images, label, link=link)
+            of_views = partial(log_mean, link=self.trainer.loss.link)
+            log_probs = predict_images(self.model, self.settings, self.runtime, images, label, reduce_views=of_views)
         return Predictions(
             ids=self.table.ids_of(rows),
             fold=self.table.fold[rows],

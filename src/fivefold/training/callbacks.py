@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.utils.hooks import RemovableHandle
 
 
 class Ema:
@@ -51,8 +52,7 @@ class FreezeBackbone:
     def __init__(self, part: nn.Module, steps: int) -> None:
         self.left = steps
         self._frozen = [parameter for parameter in part.parameters() if parameter.requires_grad]
-        norms = [module for module in part.modules() if isinstance(module, _NormBase)]
-        self._hooks = [norm.register_forward_pre_hook(_set_eval) for norm in norms]
+        self._hooks = freeze_norms(part)
         self._set_trainable(False)
 
     def __call__(self) -> None:
@@ -77,6 +77,12 @@ class FreezeBackbone:
     def _set_trainable(self, trainable: bool) -> None:
         for parameter in self._frozen:
             parameter.requires_grad_(trainable)
+
+
+def freeze_norms(part: nn.Module) -> list[RemovableHandle]:
+    """Let norms with running statistics run in eval mode, whatever mode the loop sets; return the hooks that do it."""
+    norms = [module for module in part.modules() if isinstance(module, _NormBase)]
+    return [norm.register_forward_pre_hook(_set_eval) for norm in norms]
 
 
 def _set_eval(module: nn.Module, _: object) -> None:

@@ -112,7 +112,10 @@ def check_warmup(warmup_epochs: float, epochs: float) -> None:
 
 
 class Schedule(LambdaLR):
-    """Learning rate of each of `total` steps: a linear warm-up, then a schedule by name. Call it after each step."""
+    """Learning rate of each of `total` steps: a linear warm-up, then a schedule by name. Call it after each step.
+
+    `passed` returns the fraction of the time that has passed; if it is more than that of the steps, it sets the rate.
+    """
 
     def __init__(
         self,
@@ -123,6 +126,7 @@ class Schedule(LambdaLR):
         warmup_epochs: float = 0.0,
         lr_step_epochs: int = 10,
         gamma: float = 0.5,
+        passed: Callable[[], float] = lambda: 0.0,
     ) -> None:
         schedule = choose(SCHEDULES, "schedule", name)
         check_warmup(warmup_epochs, total / steps_per_epoch)
@@ -130,6 +134,7 @@ class Schedule(LambdaLR):
         drop_steps = lr_step_epochs * steps_per_epoch
 
         def factor(step: int) -> float:
+            step = max(step, math.floor(passed() * total))
             if step < warmup:
                 return (step + 1) / warmup
             return schedule(min((step - warmup) / (total - warmup), 1.0), step // drop_steps, gamma)

@@ -30,6 +30,7 @@ from fivefold.training.mixing import Mixing
 from fivefold.training.objectives import MicroBatch, Result, Teacher
 from fivefold.training.optim import Schedule
 from fivefold.training.steps import Update
+from fivefold.training.time_limit import TimeLimit
 
 CHECK_INTERVAL_STEPS = 50
 MONITORS = {"loss": 1, "logloss": 1, "acc": -1, "f1_macro": -1}
@@ -123,7 +124,7 @@ class Trainer:
     `scored_models`: the models to validate; the first one's scores are reported and decide early stopping. `batches`:
     function from an epoch to its batches of (epoch, row) pairs. `select`: keep each contender's best epoch, else the
     last one, whatever its scores. `components`: the components with a state, which `checkpoints` save. When a run resumes,
-    `observers` get the rows of its earlier epochs again; `live_observers` do not. `speeds`: images per second of each
+    `observers` get the rows of its earlier epochs again; `live_observers` do not. `limit` ends the run, in the middle of an epoch too. `speeds`: images per second of each
     epoch trained by this process, with loading and without validation.
     """
 
@@ -143,6 +144,7 @@ class Trainer:
     select: bool
     runtime: Runtime
     components: Mapping[str, Stateful] = field(default_factory=dict)
+    limit: TimeLimit = field(default_factory=TimeLimit)
     checkpoints: Checkpoints | None = None
     observers: Sequence[Observer] = ()
     live_observers: Sequence[Observer] = ()
@@ -195,13 +197,16 @@ def _save_checkpoint(trainer: Trainer, progress: TrainState) -> None:
 
 
 def _run_epochs(trainer: Trainer, progress: TrainState) -> dict[str, BestCheckpoint]:
-    start, before, epochs = time.monotonic(), len(progress.rows), trainer.config.epochs
-    while progress.epoch <= epochs and not _patience_is_out(trainer, progress):
+    start, before, epochs, last = time.monotonic(), len(progress.rows), trainer.config.epochs, False
+    while not (last or progress.epoch > epochs or _patience_is_out(trainer, progress)):
         epoch = progress.epoch
         if not progress.step:
             progress.lr = trainer.schedule.lr
         row = {"epoch": epoch, **train_epoch(trainer, progress), "lr": progress.lr}
-        scores = _validate_contenders(trainer, epoch, progress.best) if _is_validated(trainer, epoch) else {}
+        last = epoch == epochs or trainer.limit.progress >= 1
+        if last and epoch < epochs:
+            log.info("%s ends in epoch %d of %d: its time is over", trainer.label, epoch, epochs)
+        scores = _validate_contenders(trainer, progress, last) if last or _is_validated(trainer, epoch) else {}
         row |= {f"val_{name}": value for name, value in scores.items()}
         for observe in (*trainer.observers, *trainer.live_observers):
             observe(row)
@@ -260,12 +265,15 @@ def _run_steps(trainer: Trainer, progress: TrainState, batches: list[list[Sample
         for call in trainer.after_step:
             call()
         count = sum(len(part.targets) for part in rows)
+        trainer.limit.count(count)
         progress.totals += [_totals(result, part, count) for result, part in zip(results, rows, strict=True)]
         progress.step += 1
         if progress.step % CHECK_INTERVAL_STEPS == 0:
             _check_finite(progress.totals, epoch)
         if trainer.checkpoints and trainer.checkpoints.due():
             _save_checkpoint(trainer, progress)
+        if trainer.limit.progress >= 1:
+            return
 
 
 def validate(model: nn.Module, rows: ValidData, trainer: Trainer) -> dict[str, float]:
@@ -311,8 +319,11 @@ def to_micro_batch(
     return trainer.mixing(rows, epoch, seed, partners)
 
 
-def _validate_contenders(trainer: Trainer, epoch: int, best: Mapping[str, BestCheckpoint]) -> dict[str, float]:
-    """Validate all contenders and keep their best epochs; return the first contender's scores (empty without validation rows)."""
+def _validate_contenders(trainer: Trainer, progress: TrainState, last: bool) -> dict[str, float]:
+    """Validate all contenders and keep their best epochs; return the first contender's scores (empty without validation rows).
+
+    `last`: no epoch follows.
+    """
     # Validate all contenders before keeping any: after a stop in between, a resumed run validates the epoch again.
     scores = {
         name: validate(model, trainer.valid, trainer) if trainer.valid else {}
@@ -320,9 +331,9 @@ def _validate_contenders(trainer: Trainer, epoch: int, best: Mapping[str, BestCh
     }
     for name, model in trainer.scored_models.items():
         if trainer.select and scores[name]:
-            best[name].update(epoch, scores[name], model)
-        elif epoch == trainer.config.epochs:
-            best[name].store(epoch, scores[name], model)
+            progress.best[name].update(progress.epoch, scores[name], model)
+        elif last:
+            progress.best[name].store(progress.epoch, scores[name], model)
     return scores[next(iter(trainer.scored_models))]
 
 

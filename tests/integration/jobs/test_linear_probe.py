@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from fivefold import predictions
@@ -43,6 +44,27 @@ def test_out_of_fold_rows_are_learned_and_equal_those_of_the_loaded_model(probe_
         images = ImageList(open_store(probe_run / "train"), table.paths_of(table.valid_rows(fold)))
         again = model.predict_cached(SharedEvalImages(images), "again")
         assert np.abs(np.exp(again) - np.exp(oof.log_probs)).max() < 1e-4
+
+
+def test_the_heads_of_an_ensemble_share_one_pass_over_the_images(probe_run, tmp_path):
+    settings = [*PROBE, "data.cache=off", "model.image_stats=[]"]
+    for fold in range(2):
+        assert run_stage(probe_run, "train-fold", tmp_path / f"fold-{fold}", f"FOLD={fold}", *settings) == 0
+    models = [load_model(open_model_dir(tmp_path / f"fold-{fold}" / "model"), {}) for fold in range(2)]
+    paths = sorted(str(path.relative_to(probe_run)) for path in (probe_run / "eval" / "test").iterdir())
+    shared = SharedEvalImages(ImageList(open_store(probe_run), paths))
+    together = [model.predict_cached(shared, "") for model in models]
+    assert len(shared.features) == 1
+    every_row = np.arange(len(paths))
+    for model, log_probs in zip(models, together, strict=True):
+        alone = model.predict_cached(SharedEvalImages(shared.files), "", rows=every_row)  # the whole network
+        np.testing.assert_allclose(log_probs, alone, atol=1e-5)
+    assert not np.allclose(*together, atol=1e-3)
+    models[0].predict_cached(shared, "", ["plain"])
+    with torch.no_grad():
+        next(models[1].network.backbone.parameters()).add_(0.1)
+    models[1].predict_cached(shared, "")
+    assert len(shared.features) == 3, "other views or weights have features of their own"
 
 
 def test_the_backbone_is_frozen_and_the_heads_differ(probe_run):

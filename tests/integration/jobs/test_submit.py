@@ -9,7 +9,7 @@ import pytest
 from fivefold.contract.files import read_json
 from fivefold.errors import MissingInputError, SettingsError
 from jobs import status, submit
-from toy_data import REPOSITORY, noise, noise_in, write_csv
+from toy_data import LEARNS, REPOSITORY, draw_toy_images, noise, noise_in, write_csv
 
 
 @pytest.fixture
@@ -102,3 +102,34 @@ def test_increment_picks_the_next_free_run_name(data: Path, capsys: pytest.Captu
         (runs / expected).mkdir(parents=True)
     assert submit.main([*arguments, "--dry-run"]) == 0  # without increment, a run of the same name continues
     assert "# run exp in" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_run_with_little_time_says_so_and_goes_on_with_more(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The first start ends before any result; the second gives the linear probes' result, then the blend of both systems."""
+    root = draw_toy_images(tmp_path)
+    common = [
+        *LEARNS, f"train={root / 'train'}", f"eval={root / 'eval'}", f"runs={root / 'runs'}", "run=r", "split.folds=3",
+        "train.method=lp_ft", "train.linear_first=true", "train.freeze_norms=true", "augment.image_size=10", "system=toy",
+        "distill.train.method=linear_probe",
+    ]  # fmt: skip
+    with pytest.raises(SettingsError, match="time=1s is too short"):
+        submit.main([*common, "time=1s"])
+    assert not (root / "runs" / "r" / "fold-0").exists()
+    assert submit.main([*common, "time=10m"]) == 0
+    run = root / "runs" / "r"
+    ensemble = read_json(run / "ensemble" / "output" / "ensemble.json")
+    assert {member["system"] for member in ensemble["members"]} == {"toy", "toy_linear"}
+    assert (run / "ensemble" / "output" / "submission.csv").is_file()
+    assert (run / "evaluate" / "output" / "report.html").is_file()
+    assert (run / "distill" / "model" / "model.json").is_file()
+    log = (run / "ensemble" / "log.txt").read_text()
+    assert log.index(": 3 models and 0 files") < log.index(": 6 models and 0 files")
+    used = read_json(run / "time.json")["used_seconds"]
+    assert 1 < used < 600
+    capfd.readouterr()
+    assert submit.main([*common, "time=10m"]) == 0, "a finished run has nothing to do"
+    assert log in (run / "ensemble" / "log.txt").read_text()
+    assert (run / "ensemble" / "log.txt").read_text().count("ensemble runs:") == 2

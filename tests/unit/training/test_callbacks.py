@@ -52,6 +52,15 @@ def test_frozen_norm_uses_its_running_statistics(images):
     torch.testing.assert_close(norm(features), expected)
 
 
+def test_freeze_norms_keeps_the_statistics_and_trains_all_weights(images):
+    trainer = make_trainer(images, freeze_norms=True, epochs=2, freeze_epochs=1)
+    before = copy.deepcopy(trainer.model.state_dict())
+    fit(trainer)  # the second epoch unfreezes the weights, not the statistics
+    for name, after in trainer.model.state_dict().items():
+        statistic = name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+        assert torch.equal(before[name], after) == statistic, name
+
+
 def test_schedule_and_optimizer_continue_correctly_after_unfreezing(images):
     rows, trainer = [], make_trainer(images, epochs=3, freeze_epochs=2, backbone_lr_scale=0.1, warmup_epochs=1.0)
     fit(replace(trainer, observers=[rows.append]))

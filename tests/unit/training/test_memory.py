@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from fivefold.build import build_classifier, check_memory
-from fivefold.config.schema import Model, Settings, Train
+from fivefold.build import build_classifier, build_eval_transforms, build_train_transforms, check_memory
+from fivefold.config.schema import Augment, Model, Settings, Train
 from fivefold.errors import SettingsError
 from fivefold.models.classifier import Classifier, Standardize
 from fivefold.training.memory import MemoryEstimate, check_fits, estimate_memory
@@ -40,6 +40,33 @@ def test_weights_cast_by_autocast_count_once_instead_of_per_image():
     weight = 64 * 4096  # of the second layer: backward does not need the weight of the first
     assert estimate.image < 10_000
     assert estimate.fixed >= weight * 4 + weight * 2
+
+
+def test_the_size_of_training_images_decides(caplog):
+    settings = Settings(
+        model=Model(backbone="fivefold/small_net", image_size=32),
+        augment=Augment(image_size=16),
+        train=Train(precision="fp32"),
+    )
+    image = torch.zeros(3, 40, 40, dtype=torch.uint8)
+    assert build_train_transforms(settings)(image).shape == (3, 16, 16)
+    assert build_eval_transforms(settings)(image).shape == (3, 32, 32)
+    network = build_classifier(settings.model, 2)
+    small, large = (estimate_memory(network, size, CPU, copies=0).image for size in ((16, 16), (32, 32)))
+    assert 3 * small < large
+    with caplog.at_level("INFO"):
+        check_memory(network, settings, CPU)
+        check_memory(network, settings.model_copy(update={"augment": Augment()}), CPU)
+    steps = [int(found[1].replace(",", "")) for found in re.finditer(r"a step takes about ([\d,]+) MiB", caplog.text)]
+    assert steps[0] < steps[1]
+
+
+def test_a_network_of_one_size_rejects_another_training_size():
+    settings = Settings(
+        model=Model(backbone="timm/vit_tiny_patch16_224"), augment=Augment(image_size=96), train=Train(precision="fp32")
+    )
+    with pytest.raises(SettingsError, match=r"augment\.image_size=96"):
+        check_memory(build_classifier(settings.model, 2), settings, CPU)
 
 
 def test_meta_features_count_per_image():
