@@ -31,7 +31,7 @@ class Keys(BaseModel):
     """The keys that submit itself uses; all other keys on its command line are settings."""
 
     platform: str = Field("local", description="where the stages run")
-    recipe: str = Field("", description="name of a shipped recipe, or path of a .toml or .json file")
+    recipe: str = Field("", description="shipped recipe, or a .toml or .json file; empty on this machine: photographs")
     train: str = Field("", description="training images: a folder or a .zip (required)")
     eval: str = Field("", description="test images with test.csv and sample_submission.csv: a folder or a .zip")
     ground_truth: str = Field("", description="true classes of eval; empty: gt.csv or ground_truth.csv beside test.csv")
@@ -73,8 +73,9 @@ def main(arguments: Sequence[str]) -> int:
     keys, overrides = read_arguments([text for text in arguments if text not in FLAGS])
     platform = choose(PLATFORMS, "platform", keys.platform)
     run = run_name(keys)
-    inputs = platform.check_inputs(make_inputs(keys), Path(keys.runs) / run)
-    everything = make_plan(inputs, overrides, run, keys.runs, keys.recipe, keys.seeds, keys.platform == "local")
+    inputs, here = platform.check_inputs(make_inputs(keys), Path(keys.runs) / run), keys.platform == "local"
+    recipe = keys.recipe or (default_recipe(overrides) if here else "")
+    everything = make_plan(inputs, overrides, run, keys.runs, recipe, keys.seeds, here)
     plan = select(everything, keys.stages, keys.folds)
     parallel = keys.parallel or 0
     for note in plan.notes:
@@ -87,7 +88,7 @@ def main(arguments: Sequence[str]) -> int:
     if not dry_run:
         platform.check_machine(plan)
     if keys.check:
-        check_plan(plan, inputs, local=keys.platform == "local")
+        check_plan(plan, inputs, local=here)
     if dry_run:
         print(text)
         return 0
@@ -119,6 +120,16 @@ def read_arguments(arguments: Sequence[str]) -> tuple[Keys, list[str]]:
     except ValidationError as error:
         key = error.errors()[0]["loc"][0]
         raise SettingsError(f"{key}={values[key]}: {error.errors()[0]['msg']}; submit --help lists the keys") from error
+
+
+def default_recipe(overrides: Sequence[str]) -> str:
+    """Return the recipe without recipe=: photographs, with fine-tuning if time= is set. If [model] or [train] is set, return none."""
+    keys = arguments_layer(overrides).values
+    if any(key.split(".")[0] in ("model", "augment", "train") for key in keys):
+        return ""
+    recipe = "photographs:fine_tune" if keys.get("time") else "photographs"
+    log.info("no recipe= is set: using recipe=%s", recipe)
+    return recipe
 
 
 def make_inputs(keys: Keys) -> Inputs:

@@ -26,7 +26,7 @@ from fivefold.contract.s3.urls import is_url
 from fivefold.contract.stage_specs import FAILURE
 from fivefold.data.readers.stores import open_store
 from fivefold.errors import MissingInputError, RetryableError, SettingsError
-from fivefold.launchers.plan import Inputs, Plan, Step
+from fivefold.launchers.plan import LINEAR, Inputs, Plan, Step
 from fivefold.launchers.run_clock import RunClock
 from fivefold.launchers.scheduler import Scheduler
 from fivefold.launchers.status import (
@@ -284,9 +284,11 @@ def check_no_foreign_models(plan: Plan) -> None:
 
     The ensemble uses every fold model below the run, so models of another seed or split would enter it.
     """
-    known = {step.name for step in plan.steps}
-    models = sorted(path.parent.parent.name for path in plan.folder.glob("fold-*/model/model.json"))
-    unknown = [name for name in models if name not in known]
+    known = {step.folder for step in plan.steps}
+    models = [
+        path.parent.parent for folder in (".", LINEAR) for path in plan.folder.glob(f"{folder}/fold-*/model/model.json")
+    ]
+    unknown = sorted(str(folder.relative_to(plan.folder)) for folder in models if folder not in known)
     if unknown:
         raise SettingsError(
             f"{plan.folder} contains models that are not in this plan: {', '.join(unknown)}; "

@@ -216,7 +216,7 @@ class _Builder:
     def _add_linear(self, images: Mapping[str, str | None], seed: int) -> tuple[str, ...]:
         """Add the linear probes of all folds, their ensemble and their evaluation; return their names.
 
-        The first fold computes the features of all images, with all cores. A finished final ensemble is not replaced.
+        The first fold computes the features of all images, with all cores. A result that exists is not replaced.
         """
         arguments = (f"system={self.settings.system}_linear", "train.method=linear_probe")
         names: list[str] = []
@@ -225,7 +225,8 @@ class _Builder:
             needs = ("split", *names[:1])
             self._add(name, "train-fold", images, needs, 1, fold, seed, folder, arguments, all_cores=fold == 0)
             names.append(name)
-        if not (self.folder / "ensemble" / "output" / RECORD).is_file():
+        result = "ensemble" if self.inputs.eval else "evaluate"
+        if not (self.folder / result / "output" / RECORD).is_file():
             model, before = str(self.folder / LINEAR), len(self.steps)
             self._add_scores("linear-ensemble", "linear-evaluate", model, tuple(names))
             names += [step.name for step in self.steps[before:]]

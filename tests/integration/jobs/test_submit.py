@@ -87,6 +87,26 @@ def test_submit_and_status_end_to_end(
         status.main(["rum=r"])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "recipe"),
+    [
+        ([], "recipe=photographs "),
+        (["time=30m"], "recipe=photographs:fine_tune "),
+        (["data.group_column=sender"], "recipe=photographs "),
+        (["recipe=demo"], "recipe=demo "),
+        (["model.backbone=timm/resnet18"], ""),
+        (["train.epochs=3"], ""),
+        (["platform=kubernetes", "train=/data/photos"], ""),
+    ],
+)
+def test_without_a_recipe_it_is_that_of_photographs(
+    data: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], recipe: str
+) -> None:
+    assert submit.main([f"train={data / 'train'}", "check=false", *arguments, "--dry-run"]) == 0
+    printed = capfd.readouterr().out
+    assert (recipe in printed) if recipe else ("recipe=" not in printed)
+
+
 def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     assert submit.main(["--help"]) == 0
     printed = capsys.readouterr().out

@@ -8,6 +8,7 @@ import pytest
 
 from fivefold.contract.files import read_json, write_json
 from fivefold.errors import SettingsError
+from fivefold.launchers.local import check_no_foreign_models
 from fivefold.launchers.plan import Inputs, Plan, make_plan
 from fivefold.launchers.run_clock import MARGIN, RunClock
 
@@ -53,6 +54,24 @@ def test_a_finished_ensemble_is_not_replaced_by_that_of_the_linear_probes(tmp_pa
     names = [step.name for step in plan_of(tmp_path).steps]
     assert "linear-ensemble" not in names
     assert "linear-fold-0" in names
+
+
+def test_a_finished_report_without_test_images_is_not_replaced(tmp_path):
+    assert "linear-evaluate" in [step.name for step in plan_of(tmp_path, eval_=None).steps]
+    finish(plan_of(tmp_path, eval_=None), 1.0, "evaluate")
+    assert "linear-evaluate" not in [step.name for step in plan_of(tmp_path, eval_=None).steps]
+
+
+def test_linear_probes_of_another_plan_are_not_blended(tmp_path):
+    plan = plan_of(tmp_path)
+    for step in (plan.step("fold-4"), plan.step("linear-fold-4")):
+        (step.folder / "model").mkdir(parents=True)
+        write_json(step.folder / "model" / "model.json", {})
+        check_no_foreign_models(plan)
+        with pytest.raises(SettingsError, match=step.folder.name):
+            check_no_foreign_models(plan_of(tmp_path, *SETTINGS, "split.folds=4"))
+    with pytest.raises(SettingsError, match="linear/fold-4"):
+        check_no_foreign_models(plan_of(tmp_path, "train.method=lp_ft"))
 
 
 def test_folds_share_the_time_that_the_following_steps_leave(tmp_path):
