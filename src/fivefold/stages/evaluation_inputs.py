@@ -1,11 +1,12 @@
 """The inputs of the evaluate stage: the rows to score from its channels, their descriptions and their images."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from fivefold import predictions
@@ -36,9 +37,11 @@ from fivefold.errors import DataError
 from fivefold.evaluation import ground_truth
 from fivefold.evaluation.report import thumbnail
 from fivefold.evaluation.scored_rows import ScoredRows, concat_tables
+from fivefold.inference.blending import BLENDS, apply_blend
 from fivefold.inference.ensemble_spec import group_by_system
 from fivefold.inference.factor_product import build_product, needs_product, read_factors
 from fivefold.inference.submission_reader import has_labels_only, has_one_column, read_submission
+from fivefold.inference.systems import align_rows
 from fivefold.log import log
 from fivefold.predictions import Predictions, mean_by_id
 
@@ -130,18 +133,37 @@ class EvaluationInputs:
         return self._from_split("holdout", what, [table], which)
 
     def out_of_fold(self) -> ScoredRows | None:
-        """Return each out-of-fold row once; if several models (seeds, systems) predicted it, their mean. None without any."""
-        folds = self.folds()
+        """Return each out-of-fold row once. None without any.
+
+        If several systems predicted it, it is their blend with the weights of the ensemble; without an ensemble of them, and
+        for several seeds, it is the mean.
+        """
+        folds, which = self.folds(), "out-of-fold rows of the split"
         if not folds:
             return None
-        if needs_product([model.info for model, _ in folds]):
+        weights = self.ensemble.get("weights", {})
+        if len(weights) > 1 and weights.keys() == {model.system for model, _ in folds}:
+            tables, what = (
+                [self._blended(folds, weights)],
+                f"{_describe_models(self.models)}, blended as in the ensemble",
+            )
+            which += ", to which the weights of the systems were fitted" if BLENDS[self.ensemble["blend"]].fit else ""
+        elif needs_product([model.info for model, _ in folds]):
             tables, what = [_product(folds)], _describe_models(self.models, "product of ")
         else:
             tables, words = [table for _, table in folds], "one model per row"
             if sum(map(len, tables)) > len({name for table in tables for name in table.ids}):
                 tables, words = [mean_by_id(tables)], "mean if several predict a row"
             what = f"{_describe_models(self.models)}, {words}"
-        return self._from_split("oof", what, tables, "out-of-fold rows of the split")
+        return self._from_split("oof", what, tables, which)
+
+    def _blended(self, folds: Sequence[tuple[ModelDir, Predictions]], weights: Mapping[str, float]) -> Predictions:
+        """Return the blend of the systems' out-of-fold tables, as `ensemble.json` describes it."""
+        systems = [mean_by_id([table for model, table in folds if model.system == name]) for name in weights]
+        systems = align_rows(systems)
+        shares = np.array(list(weights.values()))
+        blended = apply_blend(self.ensemble["blend"], [table.log_probs for table in systems], shares)
+        return replace(systems[0], log_probs=blended)
 
     def _from_split(self, name: str, what: str, tables: Sequence[Predictions], which: str) -> ScoredRows:
         """Return the rows of the `tables`, with paths and groups from the split."""

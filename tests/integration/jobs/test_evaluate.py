@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -144,6 +145,32 @@ def test_row_predicted_by_several_models_counts_once(toy_run, full_evaluation, t
     assert two_seeds["logloss"] == pytest.approx(one_seed["logloss"], rel=1e-5)
     mistakes = [read_rows(output / "wrong_valid.csv") for output in outputs]
     assert len(mistakes[0]) == len(mistakes[1]) == round(81 * (1 - one_seed["accuracy"]))
+
+
+def test_out_of_fold_rows_of_several_systems_are_blended_as_in_the_ensemble(toy_run, tmp_path):
+    """The second system knows nothing, so an equal mean would be worse than the fitted blend."""
+    for fold in range(3):
+        for system in ("default", "blank"):
+            folder = copy_run(toy_run / f"fold-{fold}" / "model", tmp_path / "models" / f"{system}-{fold}")
+            write_json(folder / "model.json", read_json(folder / "model.json") | {"system": system})
+            if system == "blank":
+                table = predictions.read(folder / "oof.parquet")
+                blank = np.full_like(table.log_probs, -np.log(3))
+                predictions.write(folder / "oof.parquet", replace(table, log_probs=blank))
+            write_json(folder / "stage.json", {})
+    blend = tmp_path / "ensemble"
+    assert run_stage(toy_run, "ensemble", blend, MODEL=tmp_path / "models") == 0
+    assert read_json(blend / "output" / "ensemble.json")["weights"]["blank"] < 0.3
+    arguments = {"MODEL": tmp_path / "models", "PREDICTIONS": blend / "output"}
+    assert run_stage(toy_run, "evaluate", tmp_path / "blended", **arguments) == 0
+    assert run_stage(toy_run, "evaluate", tmp_path / "mean", MODEL=tmp_path / "models") == 0
+    blended, mean = (
+        read_json(tmp_path / name / "output" / "metrics.json")["oof"]["logloss"] for name in ("blended", "mean")
+    )
+    alone = read_json(blend / "output" / "ensemble.json")["scores"]
+    single = next(score["logloss"] for score in alone if score["what"].endswith("of default"))
+    assert blended <= single + 1e-6
+    assert blended < mean
 
 
 @pytest.mark.slow
