@@ -64,7 +64,7 @@ def launch(plan: Plan, parallel: int = 0, environ: Mapping[str, str] = os.enviro
     # the same number for every fold, however many run: another number of threads changes the last bits of results
     fold_threads = 0 if devices or parallel == 1 else max(1, count_cores() // parallel)
 
-    clock = RunClock(plan.folder, plan.steps, plan.settings)
+    clock = RunClock(plan)
 
     def environment(step: Step, gpu: str) -> dict[str, str]:
         threads = fold_threads if step.stage == "train-fold" and not step.all_cores else 0

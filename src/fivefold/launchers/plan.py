@@ -87,13 +87,17 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run's steps in the order of their dependencies, notes on omitted steps, and the settings of the run."""
+    """A run's steps in the order of their dependencies, notes on omitted steps, and the settings of the run.
+
+    `made`: the time of `time.monotonic()` when it was made.
+    """
 
     run: str
     folder: Path
     steps: tuple[Step, ...]
     notes: tuple[str, ...] = ()
     settings: Settings = field(default_factory=Settings, repr=False, compare=False)
+    made: float = field(default_factory=time.monotonic, repr=False, compare=False)
 
     def step(self, name: str) -> Step:
         return next(step for step in self.steps if step.name == name)

@@ -6,14 +6,11 @@ Folds that run at the same time get the same share, and leave the rest to the fo
 
 import math
 import time
-from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 
-from fivefold.config.schema import Settings
 from fivefold.contract.files import read_json, write_json
 from fivefold.errors import DataError
-from fivefold.launchers.plan import LINEAR, Step
+from fivefold.launchers.plan import LINEAR, Plan, Step
 from fivefold.launchers.status import read_step_record
 
 FILE = "time.json"
@@ -26,15 +23,18 @@ UNKNOWN_SHARE = 0.2
 
 
 class RunClock:
-    """Counts the seconds of a run in `<run>/time.json`, so that a run that is started again has what is left."""
+    """Counts the seconds of a run in `<run>/time.json`, so that a run that is started again has what is left.
 
-    def __init__(self, folder: Path, steps: Sequence[Step], settings: Settings) -> None:
-        self.path, self.steps, self.limit = folder / FILE, steps, settings.time_limit
+    It counts from the making of the plan, so the checks before the first step count too.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.path, self.steps, self.limit = plan.folder / FILE, plan.steps, plan.settings.time_limit
         self._used = 0.0
         with suppress(OSError, DataError, KeyError, TypeError):
             self._used = float(read_json(self.path)["used_seconds"]) if self.path.is_file() else 0.0
-        self._started = self._saved = time.monotonic()
-        self._timed = [step for step in steps if step.timed and read_step_record(step) is None]
+        self._started = self._saved = plan.made
+        self._timed = [step for step in plan.steps if step.timed and read_step_record(step) is None]
 
     @property
     def used(self) -> float:

@@ -17,7 +17,7 @@ from fivefold import build
 from fivefold.config.schema import Settings
 from fivefold.data.image_io import decode_options
 from fivefold.data.pipeline.dataset import ImageDataset
-from fivefold.data.pipeline.feature_cache import get_or_compute, name_of
+from fivefold.data.pipeline.feature_cache import get_or_compute, load_or_fit, name_of
 from fivefold.data.pipeline.image_cache import DECODER
 from fivefold.inference.predictor import Runtime, log_mean, predict_all
 from fivefold.log import log
@@ -27,6 +27,9 @@ from fivefold.stages.image_source import cache_folder
 from fivefold.training.linear_probe import fit_linear
 from fivefold.training.losses import balanced_weights
 from fivefold.training.trainer import BestCheckpoint, TrainData, Trainer, score_logits
+
+FIT_VERSION = 1
+"""Raise it if `fit_linear` changes, so that cached heads are fitted again."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +81,21 @@ class LinearProbe:
             targets = (1 - alpha) * targets + alpha * probs
         if self.settings.train.class_weights == "balanced":
             targets = targets * balanced_weights(targets)
-        fit = fit_linear(self.features(self._evaluation(train.images)), targets, train.groups, self.settings.seed)
+        features = self.features(self._evaluation(train.images))
+        groups = np.zeros(0, np.int64) if train.groups is None else train.groups
+        # The number of threads changes the last bits of a fit.
+        numbers = np.array([FIT_VERSION, self.settings.seed, torch.get_num_threads()])
+        inputs = [features.cpu().numpy(), targets.cpu().numpy(), groups, numbers]
+
+        def compute() -> dict[str, np.ndarray]:
+            fit = fit_linear(features, targets, train.groups, self.settings.seed)
+            return {"weight": fit.weight.cpu().numpy(), "bias": fit.bias.cpu().numpy()}
+
+        head = load_or_fit(self._cache(), inputs, compute)
         *_, linear = self.network.head.modules()
         with torch.no_grad():
-            linear.weight.copy_(fit.weight)
-            linear.bias.copy_(fit.bias)
+            linear.weight.copy_(torch.from_numpy(head["weight"]))
+            linear.bias.copy_(torch.from_numpy(head["bias"]))
 
     @torch.inference_mode()
     def predict(self, images: ImageDataset) -> np.ndarray:

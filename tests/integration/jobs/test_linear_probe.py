@@ -109,6 +109,22 @@ def test_all_folds_share_features_and_other_weights_get_their_own(probe_run, tmp
         assert len(list((root / "caches").glob("features-*"))) == 2 + step, change
 
 
+def test_a_head_is_fitted_once_for_the_same_rows_and_targets(probe_run, tmp_path, capsys):
+    root = copy_run(probe_run, tmp_path / "run")
+    settings, weights = [*PROBE, f"data.cache={root / 'caches'}"], "model/model.safetensors"
+
+    def count_fits(name: str) -> int:
+        assert run_stage(root, "train-fold", name, "FOLD=0", *settings) == 0
+        assert (root / name / weights).read_bytes() == (root / "fold-0" / weights).read_bytes()
+        return capsys.readouterr().err.count("in a cross-validation")
+
+    assert count_fits("again") == 0
+    for path in next((root / "caches").glob("features-*/heads")).iterdir():
+        path.write_bytes(b"half a fi")
+    assert count_fits("repaired") == 1
+    assert count_fits("last") == 0
+
+
 def test_the_same_bytes_with_and_without_a_cache(probe_run, tmp_path):
     root = copy_run(probe_run, tmp_path / "run", "caches", "fold-*", "ensemble*", "distill")
     assert run_stage(root, "train-fold", "fold-0", "FOLD=0", *PROBE, "data.cache=off") == 0

@@ -21,7 +21,7 @@ def plan_of(folder: Path, *settings: str, eval_: str | None = "TEST") -> Plan:
 
 def clock_of(plan: Plan) -> RunClock:
     plan.folder.mkdir(exist_ok=True)
-    return RunClock(plan.folder, plan.steps, plan.settings)
+    return RunClock(plan)
 
 
 def finish(plan: Plan, seconds: float, *names: str) -> None:

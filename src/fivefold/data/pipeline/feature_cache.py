@@ -2,13 +2,13 @@
 
 A folder belongs to one backbone, with its weights, preprocessing and views: `name_of` makes its name from them, so features
 of other weights are never mixed. Each file in it has the features of some images. All folds, seeds and later runs read them,
-and images that it lacks are added.
+and images that it lacks are added. Its folder `heads` has the linear heads that were fitted to them.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -20,6 +20,7 @@ from fivefold.errors import RetryableError
 from fivefold.log import log
 
 PREFIX = "features-"
+HEADS = "heads"
 CHUNK_IMAGES = 4096
 """Images that are computed and stored at a time: a run that is killed loses no more."""
 Compute = Callable[[Sequence[int]], np.ndarray]
@@ -55,6 +56,28 @@ def get_or_compute(folder: Path | None, digests: Sequence[str | None], compute: 
             missing = [row for row in rows if digests[row] not in known]
             known |= dict(zip([digests[row] for row in missing], compute(missing), strict=True)) if missing else {}
     return np.stack([known[digest] for digest in digests])
+
+
+def load_or_fit(
+    folder: Path | None, inputs: Sequence[np.ndarray], fit: Callable[[], Mapping[str, np.ndarray]]
+) -> Mapping[str, np.ndarray]:
+    """Return the arrays that `fit` gives for these `inputs`; the cache `folder` keeps them, if there is one."""
+    if folder is None:
+        return fit()
+    digest = hashlib.sha256()
+    for array in inputs:
+        digest.update(f"{array.dtype.str}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+    path = folder / HEADS / f"{digest.hexdigest()[:32]}.npz"
+    with suppress(OSError, BadZipFile, ValueError, KeyError, EOFError), np.load(path, allow_pickle=False) as content:
+        return {name: content[name] for name in content.files}
+    fitted = fit()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, **fitted)
+    except (OSError, RetryableError) as error:
+        log.warning("a linear head is not kept in %s: %s", path.parent, error)
+    return fitted
 
 
 def _chunks(rows: Sequence[int]) -> Iterator[Sequence[int]]:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from fivefold.data.pipeline import feature_cache
-from fivefold.data.pipeline.feature_cache import get_or_compute, name_of
+from fivefold.data.pipeline.feature_cache import get_or_compute, load_or_fit, name_of
 
 DIGESTS = [sha256(bytes([row])).hexdigest() for row in range(10)]
 
@@ -87,3 +87,25 @@ def test_the_name_depends_on_every_fact():
     names = {name_of(facts), *(name_of({**facts, key: "other"}) for key in facts)}
     assert len(names) == 1 + len(facts)
     assert name_of(dict(reversed(facts.items()))) == name_of(facts)
+
+
+def test_a_fit_is_kept_for_its_inputs_only(tmp_path):
+    calls = []
+
+    def fit() -> dict[str, np.ndarray]:
+        calls.append(1)
+        return {"weight": np.full((2, 3), len(calls), np.float32)}
+
+    rows = np.arange(6.0)
+    first = load_or_fit(tmp_path, [rows, np.array([1])], fit)
+    again = load_or_fit(tmp_path, [rows.copy(), np.array([1])], fit)
+    np.testing.assert_array_equal(first["weight"], again["weight"])
+    assert len(calls) == 1
+    for others in (
+        [rows, np.array([2])],
+        [rows.reshape(2, 3), np.array([1])],
+        [rows.astype(np.float32), np.array([1])],
+    ):
+        load_or_fit(tmp_path, others, fit)
+    load_or_fit(None, [rows, np.array([1])], fit)
+    assert len(calls) == 5
