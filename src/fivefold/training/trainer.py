@@ -236,11 +236,12 @@ def _patience_is_out(trainer: Trainer, progress: TrainState) -> bool:
 def train_epoch(trainer: Trainer, progress: TrainState) -> dict[str, float]:
     """Train on the remaining batches of the epoch; return `train_loss` and `train_acc` (against the mixed targets)."""
     batches = trainer.batches(progress.epoch)[progress.step * trainer.config.accumulate :]
-    start = time.perf_counter()
+    start, before = time.perf_counter(), progress.step
     _run_steps(trainer, progress, batches)
     _check_finite(progress.totals, progress.epoch)  # waits for the GPU
     if batches:
-        trainer.speeds.append(sum(map(len, batches)) / (time.perf_counter() - start))
+        trained = batches[: (progress.step - before) * trainer.config.accumulate]
+        trainer.speeds.append(sum(map(len, trained)) / (time.perf_counter() - start))
     loss, right, rows_seen, mass = torch.stack(progress.totals).cpu().double().sum(dim=0).tolist()
     return {"train_loss": loss / rows_seen, "train_acc": right / max(mass, 1e-12)}
 

@@ -42,8 +42,20 @@ def test_progress_is_the_share_of_the_time_without_the_predictions_at_the_end():
     assert limit.progress == pytest.approx(0.2)
     limit.count(40)  # half a second an image
     assert limit.progress == pytest.approx(20 / (100 - FORWARD_SHARE * 0.5 * 50))
+    for _ in range(2):
+        clock.now += 4
+        limit.count(40)  # a tenth of a second: the first step warmed up
+    assert limit.progress == pytest.approx(28 / (100 - FORWARD_SHARE * 0.1 * 50))
     clock.now += 90
     assert limit.progress == 1
+
+
+def test_a_slow_first_step_does_not_end_the_run():
+    clock = Clock()
+    limit = TimeLimit(clock.now + EXIT_SECONDS + 100, images_after=5000, clock=clock)
+    clock.now += 10
+    limit.count(32)
+    assert limit.progress < 0.3
 
 
 def test_without_a_deadline_nothing_changes():
