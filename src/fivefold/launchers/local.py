@@ -68,7 +68,7 @@ def launch(plan: Plan, parallel: int = 0, environ: Mapping[str, str] = os.enviro
 
     def environment(step: Step, gpu: str) -> dict[str, str]:
         threads = fold_threads if step.stage == "train-fold" and not step.all_cores else 0
-        deadline = clock.deadline(step, parallel)
+        deadline = clock.deadline(step, parallel, len(devices) or count_cores())
         limit = {DEADLINE: f"{deadline:.1f}"} if step.timed and deadline < math.inf else {}
         return {**step_environment(step, environ, gpu, threads), **shared_cache(plan), **limit}
 

@@ -52,10 +52,11 @@ class RunClock:
             self._saved = time.monotonic()
             write_json(self.path, {"limit_seconds": self.limit, "used_seconds": round(self.used, 1)})
 
-    def deadline(self, step: Step, parallel: int) -> float:
+    def deadline(self, step: Step, parallel: int, workers: int) -> float:
         """Return the time (seconds since 1970) at which a `step` must end, infinity without a limit.
 
-        Folds run `parallel` at a time. Those of one round get the same share of the time, by the number of folds that are left.
+        Folds run in rounds of `parallel`, on so many `workers` (cores or GPUs). Each fold gets the same time of a worker, so a round
+        of more folds than workers is longer.
         """
         if self.limit == math.inf:
             return math.inf
@@ -63,8 +64,9 @@ class RunClock:
             return time.time() + self.left
         index = self._timed.index(step) if step in self._timed else 0
         waiting = max(1, len(self._timed) - index + index % parallel)
-        share = min(parallel, waiting) / waiting
-        return time.time() + max(0.0, self.left - self.reserve()) * share
+        rounds = [min(parallel, waiting - before) for before in range(0, waiting, parallel)]
+        lengths = [max(1.0, folds / workers) for folds in rounds]
+        return time.time() + max(0.0, self.left - self.reserve()) * lengths[0] / sum(lengths)
 
     def fits(self, step: Step) -> bool:
         """Return whether the time is enough to start the step. Up to the report of the linear probes it always is."""

@@ -81,10 +81,16 @@ def test_folds_share_the_time_that_the_following_steps_leave(tmp_path):
     # ensemble: 5 folds and one pass of the probes; evaluate, distill, ensemble-student
     reserve = MARGIN * 10 * (6 + 1 + 1 + 1)
     assert clock.reserve() == pytest.approx(reserve)
-    ends = [clock.deadline(plan.step(f"fold-{fold}"), 3) - time.time() for fold in range(5)]
     left = 1000 - reserve
-    assert ends[:3] == pytest.approx([left * 3 / 5] * 3, abs=1)
-    assert ends[3:] == pytest.approx([left] * 2, abs=1)  # what is left when they start
+
+    def shares(parallel: int, workers: int) -> list[float]:
+        """Return each fold's share of what is left when it starts."""
+        return [(clock.deadline(plan.step(f"fold-{n}"), parallel, workers) - time.time()) / left for n in range(5)]
+
+    assert shares(3, 2) == pytest.approx([3 / 5] * 3 + [1] * 2, abs=0.01)
+    assert shares(2, 2) == pytest.approx([1 / 3] * 2 + [1 / 2] * 2 + [1], abs=0.01)
+    assert shares(5, 2) == pytest.approx([1] * 5, abs=0.01)
+    assert shares(1, 8) == pytest.approx([1 / 5, 1 / 4, 1 / 3, 1 / 2, 1], abs=0.01)
 
 
 def test_a_second_start_keeps_the_same_reserve(tmp_path):
@@ -132,7 +138,7 @@ def test_a_second_start_has_what_the_first_left(tmp_path):
 def test_without_a_limit_the_clock_changes_nothing(tmp_path):
     plan = plan_of(tmp_path, *SETTINGS[:2])
     clock = clock_of(plan)
-    assert clock.deadline(plan.step("fold-0"), 2) == clock.left == math.inf
+    assert clock.deadline(plan.step("fold-0"), 2, 2) == clock.left == math.inf
     assert all(map(clock.fits, plan.steps))
     clock.save(at_once=True)
     assert not (plan.folder / "time.json").exists()
