@@ -123,7 +123,7 @@ def read_arguments(arguments: Sequence[str]) -> tuple[Keys, list[str]]:
 
 
 def default_recipe(overrides: Sequence[str]) -> str:
-    """Return the recipe without recipe=: photographs, with fine-tuning if time= is set. If [model] or [train] is set, return none."""
+    """Return the recipe without recipe=: photographs, with fine-tuning if time= is set. If [model], [augment] or [train] is set, none."""
     keys = arguments_layer(overrides).values
     if any(key.split(".")[0] in ("model", "augment", "train") for key in keys):
         return ""

@@ -192,18 +192,8 @@ def build_trainer(
     shares = lr_scales(network.backbone, chosen.backbone_lr_scale, chosen.layer_decay)
     optimizer = build_optimizer(chosen.optimizer, model, chosen.lr, chosen.weight_decay, chosen.momentum, shares)
     steps = -(-count_batches(len(train.images), chosen.batch_size, chosen.drop_last) // chosen.grad_accum_steps)
-    total, warmup = steps * chosen.epochs, chosen.warmup_epochs
     limit = _time_limit(settings, runtime, deadline, 0 if valid is None else len(valid.images))
-    schedule = Schedule(
-        chosen.schedule,
-        optimizer,
-        total,
-        steps,
-        warmup,
-        chosen.lr_step_epochs,
-        chosen.lr_gamma,
-        lambda: limit.progress,
-    )
+    schedule = _build_schedule(settings, optimizer, steps, limit)
     scaler = build_scaler(runtime)
     objective = _build_objective(settings, loss, train)
     update = build_update(model, objective, optimizer, runtime, chosen.max_grad_norm, chosen.sam_rho, scaler)
@@ -235,6 +225,15 @@ def build_trainer(
         runtime=runtime,
         limit=limit,
         components=parts | {RUNTIME: PrecisionState(runtime), "limit": limit},
+    )
+
+
+def _build_schedule(settings: Settings, optimizer: torch.optim.Optimizer, steps: int, limit: TimeLimit) -> Schedule:
+    """Return the schedule of a run with so many `steps` an epoch."""
+    chosen, total = settings.train, steps * settings.train.epochs
+    drops = chosen.lr_step_epochs, chosen.lr_gamma
+    return Schedule(
+        chosen.schedule, optimizer, total, steps, chosen.warmup_epochs, *drops, passed=lambda: limit.progress
     )
 
 

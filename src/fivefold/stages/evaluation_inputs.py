@@ -142,14 +142,14 @@ class EvaluationInputs:
         if not folds:
             return None
         weights = self.ensemble.get("weights", {})
-        if len(weights) > 1 and weights.keys() == {model.system for model, _ in folds}:
+        if needs_product([model.info for model, _ in folds]):
+            tables, what = [_product(folds)], _describe_models(self.models, "product of ")
+        elif len(weights) > 1 and weights.keys() == {model.system for model, _ in folds}:
             tables, what = (
                 [self._blended(folds, weights)],
-                f"{_describe_models(self.models)}, blended as in the ensemble",
+                _describe_models(self.models) + ", blended as in the ensemble",
             )
             which += ", to which the weights of the systems were fitted" if BLENDS[self.ensemble["blend"]].fit else ""
-        elif needs_product([model.info for model, _ in folds]):
-            tables, what = [_product(folds)], _describe_models(self.models, "product of ")
         else:
             tables, words = [table for _, table in folds], "one model per row"
             if sum(map(len, tables)) > len({name for table in tables for name in table.ids}):
