@@ -1,7 +1,9 @@
 """`python -m jobs submit KEY=VALUE...`: run a recipe's stages in order on a platform."""
 
 import os
+import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,12 +15,23 @@ from fivefold.contract.files import check_writable
 from fivefold.errors import SettingsError
 from fivefold.launchers import local
 from fivefold.launchers.kubernetes import launch as kubernetes
-from fivefold.launchers.plan import Inputs, make_plan, new_run_name, next_run_name, select
+from fivefold.launchers.plan import (
+    Inputs,
+    Plan,
+    make_plan,
+    make_planning,
+    new_run_name,
+    next_run_name,
+    select,
+    without,
+)
+from fivefold.launchers.run_clock import RunClock
 from fivefold.launchers.sagemaker import launch as sagemaker
 from fivefold.launchers.sagemaker import local_mode
-from fivefold.launchers.status import write_plan
+from fivefold.launchers.status import read_step_record, write_plan
 from fivefold.log import log
 from fivefold.lookup import choose, did_you_mean
+from fivefold.planning.rules import DATA_CHOICES, RECIPE
 from fivefold.stages.preflight import check_plan
 
 split_at_commas = BeforeValidator(lambda text: [part.strip() for part in text.split(",") if part.strip()])
@@ -31,7 +44,7 @@ class Keys(BaseModel):
     """The keys that submit itself uses; all other keys on its command line are settings."""
 
     platform: str = Field("local", description="where the stages run")
-    recipe: str = Field("", description="shipped recipe, or a .toml or .json file; empty on this machine: photographs")
+    recipe: str = Field("", description="shipped recipe, or a .toml or .json file; auto: planned for this machine")
     train: str = Field("", description="training images: a folder or a .zip (required)")
     eval: str = Field("", description="test images with test.csv and sample_submission.csv: a folder or a .zip")
     ground_truth: str = Field("", description="true classes of eval; empty: gt.csv or ground_truth.csv beside test.csv")
@@ -59,6 +72,8 @@ PLATFORMS: dict[str, Any] = {
 }
 """The module of each platform. `check_inputs`, `describe` (which returns the plan in the platform's format) and
 `check_machine` raise errors before anything is written; `launch` runs the plan; `results` describes its results."""
+AUTO = "auto"
+"""The recipe= that is planned."""
 FLAGS = {
     "--dry-run": "print the plan, as commands, requests or manifests; run nothing",
     "--pipeline": "sagemaker: print the plan as the definition of a Pipeline; run nothing",
@@ -75,8 +90,23 @@ def main(arguments: Sequence[str]) -> int:
     run = run_name(keys)
     inputs, here = platform.check_inputs(make_inputs(keys), Path(keys.runs) / run), keys.platform == "local"
     recipe = keys.recipe or (default_recipe(overrides) if here else "")
+    planning = None
+    if recipe == AUTO:
+        planning = make_planning(inputs, planning_overrides(overrides, here), run, keys.runs)
+        if keys.stages and {*keys.stages} <= {step.name for step in planning.steps}:
+            return plan_recipe(select(planning, keys.stages), inputs, keys.check)
+        if "--dry-run" in arguments:
+            print(preview(planning, inputs, overrides, keys))
+            return 0
+        if code := plan_recipe(planning, inputs, keys.check):
+            return code
+        recipe = str(planning.step("plan").folder / "output" / RECIPE)
     everything = make_plan(inputs, overrides, run, keys.runs, recipe, keys.seeds, here)
     plan = select(everything, keys.stages, keys.folds)
+    if planning is not None:  # these steps have ended
+        everything = replace(everything, steps=(*planning.steps, *everything.steps[1:]))
+        plan = without(plan, ["split"])
+        print(f"{describe_forecast(plan, Path(recipe).parent)}\n", flush=True)
     parallel = keys.parallel or 0
     for note in plan.notes:
         log.info("%s", note)
@@ -123,13 +153,71 @@ def read_arguments(arguments: Sequence[str]) -> tuple[Keys, list[str]]:
 
 
 def default_recipe(overrides: Sequence[str]) -> str:
-    """Return the recipe without recipe=: photographs, with fine-tuning if time= is set. If [model], [augment] or [train] is set, none."""
+    """Return the recipe without recipe=: a planned one. If [model], [augment] or [train] is set, none."""
     keys = arguments_layer(overrides).values
     if any(key.split(".")[0] in ("model", "augment", "train") for key in keys):
         return ""
-    recipe = "photographs:fine_tune" if keys.get("time") else "photographs"
-    log.info("no recipe= is set: using recipe=%s", recipe)
-    return recipe
+    log.info("no recipe= is set: planning one, as with recipe=%s", AUTO)
+    return AUTO
+
+
+def planning_overrides(overrides: Sequence[str], here: bool) -> list[str]:
+    """Return the settings of the steps that plan; raise a SettingsError if the plan is not for this machine."""
+    if not here:
+        raise SettingsError(
+            f"recipe={AUTO} plans for this machine: run split and plan on a machine like those of the run, and set "
+            f"recipe= to their {RECIPE}"
+        )
+    return [*(f"{choice.key}={choice.value}" for choice in DATA_CHOICES), *overrides]
+
+
+def plan_recipe(planning: Plan, inputs: Inputs, check: bool) -> int:
+    """Split and plan; return the exit code of the first failed step. Raise a SettingsError if the time ends before."""
+    if check:
+        check_plan(planning, inputs, local=True)
+    check_writable(planning.folder)
+    write_plan(planning)
+    code = local.launch(planning, 1)
+    if code == 0 and any(read_step_record(step) is None for step in planning.steps):
+        raise SettingsError(
+            f"{planning.settings.limit_words} is too short to read the images and to measure this machine; set a longer "
+            f"time= with run={planning.run} to go on"
+        )
+    return code
+
+
+def preview(planning: Plan, inputs: Inputs, overrides: Sequence[str], keys: Keys) -> str:
+    """Return the recipe that a plan would write now, and the forecast of its run; write nothing."""
+    from fivefold.data.readers.eval_images import read_eval
+    from fivefold.data.readers.stores import open_store
+    from fivefold.planning.facts import read_facts, sample_rows
+    from fivefold.planning.recipe import plan_recipe, to_toml, write_plan
+    from jobs.split import labelled_rows
+
+    settings, data = planning.settings, planning.settings.data
+    store = open_store(Path(inputs.train), data.max_unpacked_gib)
+    rows, folds = labelled_rows(store, settings), 1 if settings.split.ratios else settings.split.folds
+    tested = len(read_eval(open_store(Path(inputs.eval)), data.id_column, data.path_column)) if inputs.eval else 0
+    paths = rows.paths.to_pylist()
+    facts = read_facts(store, paths, rows.codes, len(rows.classes), rows.groups, folds, tested, data)
+    sample = [paths[row] for row in sample_rows(len(rows))]
+    planned = plan_recipe(settings, facts, Path(inputs.train), sample, os.environ)
+    with tempfile.TemporaryDirectory() as folder:
+        recipe, _ = write_plan(Path(folder), planned)
+        plan = make_plan(inputs, overrides, planning.run, keys.runs, str(recipe), keys.seeds, local=True)
+        text = describe_forecast(select(plan, keys.stages, keys.folds), Path(folder))
+    return f"{to_toml(planned)}\n" + "".join(f"# {line}\n" for line in text.splitlines())
+
+
+def describe_forecast(plan: Plan, folder: Path) -> str:
+    """Return the forecast of a planned recipe, whose measurements are in `folder`, as a table of the steps."""
+    from fivefold.planning.forecast import describe, forecast_steps
+    from fivefold.planning.recipe import read_measurements
+
+    facts, speed, rates = read_measurements(folder)
+    used = RunClock(plan).used
+    steps = forecast_steps(plan.steps, plan.settings, facts, speed, rates, plan.settings.time_limit - used)
+    return describe(steps, plan.settings.hourly_price, used)
 
 
 def make_inputs(keys: Keys) -> Inputs:

@@ -6,9 +6,10 @@ from pathlib import Path
 from fivefold.config.loading import SECTIONS, normalize_key, reference
 from fivefold.config.loading import read_recipe as recipe
 from fivefold.config.recipes import shipped_recipes
+from fivefold.config.schema import Settings
 from fivefold.contract.stage_specs import STAGES
 from jobs.__main__ import COMMANDS
-from jobs.submit import Keys
+from jobs.submit import AUTO, Keys
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -25,7 +26,7 @@ def test_every_stage_and_recipe_has_a_table_row():
 
 def test_every_recipe_named_in_the_docs_exists():
     for text in PAGES.values():
-        assert all(recipe(name) for name in re.findall(r"recipe=([a-z]\w*)(?![\w./])", text))
+        assert all(name == AUTO or recipe(name) for name in re.findall(r"recipe=([a-z]\w*)(?![\w./])", text))
 
 
 def test_every_command_uses_a_known_stage_and_known_keys():
@@ -38,7 +39,7 @@ def test_every_command_uses_a_known_stage_and_known_keys():
         stage = STAGES.get(name)
         paths = {*stage.channels, *stage.optional, "output"} if stage and stage.path_arguments else set()
         keys = map(normalize_key, re.findall(r"(?<![\w\"{])([A-Za-z_.]+)=\S+", arguments.partition(" #")[0]))
-        known = {*Keys.model_fields, *paths, "fold", "model"}
+        known = {*Keys.model_fields, *Settings.model_fields, *paths}
         assert [key for key in keys if key not in known and key.split(".")[0] not in SECTIONS] == [], line
 
 

@@ -400,6 +400,8 @@ class Settings(Section):
     run: str = setting("", "run name and report title; a stage reads and writes in the run's folder")
     runs: str = setting("runs", "folder of all runs, or an s3://bucket/prefix")
     time: str = setting("", "limit of a run on this machine, e.g. 90s, 30m or 2h; empty: none")
+    hourly_price: float = setting(0.0, "price of an hour of this machine; 0: unknown", ge=0)
+    budget: float = setting(0.0, "limit of a run's price on this machine, with hourly_price; 0: none", ge=0)
     on_version_change: Literal["rerun", "warn", "ignore"] = setting(
         "warn", "what to do with results of other code or package versions: rerun, warn or ignore"
     )
@@ -423,11 +425,19 @@ class Settings(Section):
             reject_if(len(getattr(self, key).encode()) > MAX_NAME_BYTES, f"{key} is longer than {MAX_NAME_BYTES} bytes")
         valid = not self.time or re.fullmatch(DURATION, self.time)
         reject_if(not valid, f"time={self.time!r} is not a time such as 90s, 30m or 2h")
+        reject_if(self.budget and not self.hourly_price, f"budget={self.budget:g} needs hourly_price")
 
     @property
     def time_limit(self) -> float:
-        """Return the seconds of `time`, infinity if it is empty."""
-        return float(self.time[:-1]) * SECONDS[self.time[-1]] if self.time else math.inf
+        """Return the seconds that `time` and `budget` allow, infinity if neither is set."""
+        seconds = float(self.time[:-1]) * SECONDS[self.time[-1]] if self.time else math.inf
+        return min(seconds, self.budget / self.hourly_price * SECONDS["h"]) if self.budget else seconds
+
+    @property
+    def limit_words(self) -> str:
+        """Return the limit of the run's time as it was set, empty if there is none."""
+        keys = {"time": self.time, "budget": f"{self.budget:g}" if self.budget else ""}
+        return " ".join(f"{key}={value}" for key, value in keys.items() if value)
 
     def student(self) -> "Settings":
         """Return the settings with `[distill.model]` and `[distill.train]` applied over `[model]` and `[train]`."""

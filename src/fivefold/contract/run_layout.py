@@ -100,6 +100,7 @@ def _exists(place: str) -> bool:
 
 CHANNELS: dict[str, dict[str, str]] = {
     "split": {},
+    "plan": {"folds": "split/output"},
     "prepare": {"folds": "split/output"},
     "train-fold": {"folds": "split/output"},
     "ensemble": {"model": "", "folds": "split/output"},

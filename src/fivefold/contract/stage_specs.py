@@ -71,6 +71,7 @@ _IMAGES = tuple(
     for name in ("resize_shorter_side", "jpeg_draft", "cache", "cache_gib", "max_unpacked_gib", "max_megapixels")
 )
 _ANSWER = ("ensemble.answer", "ensemble.positive_class")
+_PLANNED = ("data", "split", "model", "augment", "train", "predict", "ensemble", "distill")
 _TRAINING = ("offline", *_IMAGES, "model", "augment", "train", "predict")
 
 STAGES = {
@@ -83,6 +84,14 @@ STAGES = {
             optional=("eval",),
             hashed=("train", "eval"),
             sections=("data", "split", "ensemble.unreadable", *_ANSWER),
+        ),
+        Stage(
+            name="plan",
+            summary="a split -> recipe.toml: settings for this data and this machine, with reasons",
+            channels=("train", "folds"),
+            optional=("weights",),
+            hashed=("folds", "weights"),
+            sections=(*_PLANNED, "system", "seed", "offline", "time", "budget", "hourly_price"),
         ),
         Stage(
             name="prepare",

@@ -82,7 +82,7 @@ def launch(plan: Plan, parallel: int = 0, environ: Mapping[str, str] = os.enviro
     if scheduler.left_out and scored and not any(map(read_step_record, scored)):
         first = next(iter(scheduler.left_out))
         raise SettingsError(
-            f"time={plan.settings.time} is too short: the run has no result yet, and has used {clock.used:.0f} s when "
+            f"{plan.settings.limit_words} is too short: the run has no result yet, and has used {clock.used:.0f} s when "
             f"{first} ended; set a longer time= with run={plan.run} to go on"
         )
     return code
@@ -193,9 +193,14 @@ def default_parallelism(plan: Plan, devices: Sequence[str]) -> int:
     two folds of one thread did 1.33 times the steps of one fold of two threads. Of five folds on two cores
     three run first, then two, because with two, two and one the last fold would leave a core idle.
     """
+    return fold_parallelism(sum(step.stage == "train-fold" for step in plan.steps), devices)
+
+
+def fold_parallelism(folds: int, devices: Sequence[str]) -> int:
+    """Return `default_parallelism` for so many folds."""
     if devices:
         return len(devices)
-    folds, cores = sum(step.stage == "train-fold" for step in plan.steps), count_cores()
+    cores = count_cores()
     limit = max(1, min(folds, free_memory() // FOLD_MEMORY_BYTES))
 
     def duration(at_once: int) -> float:
@@ -212,6 +217,14 @@ def step_environment(step: Step, environ: Mapping[str, str], gpu: str = "", thre
     `gpu` is the only visible GPU ("": all), `threads` the number of threads
     (0: all cores), unless the user has set these.
     """
+    return {**process_variables(environ, gpu, threads), "PYTHONUNBUFFERED": "1", **step.environment}
+
+
+def process_variables(environ: Mapping[str, str], gpu: str = "", threads: int = 0) -> dict[str, str]:
+    """Return the variables of a process that computes: those of `environ` that no stage reads, its GPU and its threads.
+
+    For `gpu` and `threads` see `step_environment`.
+    """
     variables = {name: value for name, value in environ.items() if not _is_contract_variable(name)}
     variables |= {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
     variables = {"OMP_NUM_THREADS": str(threads), **variables} if threads else variables
@@ -220,7 +233,7 @@ def step_environment(step: Step, environ: Mapping[str, str], gpu: str = "", thre
     # a short spin cost nothing there.
     variables.setdefault("GOMP_SPINCOUNT", "20000")
     variables.setdefault("GLIBC_TUNABLES", GLIBC_TUNABLES)
-    return {**variables, "PYTHONUNBUFFERED": "1", **step.environment}
+    return variables
 
 
 def settings_variables(environ: Mapping[str, str]) -> list[str]:

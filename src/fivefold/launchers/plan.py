@@ -124,14 +124,23 @@ def make_plan(
             f"run={run[:200]!r} must be a folder name: at most 150 letters, digits, '.', '_' and '-', not starting with '.'"
         )
     settings = _load_settings(overrides, recipe, seeds)
-    if settings.time and not local:
-        raise SettingsError(f"time={settings.time} limits a run on this machine only: set platform=local, or no time=")
+    if (limit := settings.limit_words) and not local:
+        raise SettingsError(f"{limit} limits a run on this machine only: set platform=local, or no limit")
     builder = _Builder(Path(runs) / run, inputs, settings, tuple(overrides), recipe, tuple(seeds))
     if settings.train.linear_first and settings.train.method != "linear_probe":
         builder.linear_first = local
         builder.notes += [] if local else ["train.linear_first: the plan omits linear probes; they need platform=local"]
     builder.build()
     return Plan(run, builder.folder, tuple(builder.steps), tuple(builder.notes), settings)
+
+
+def make_planning(inputs: Inputs, overrides: Sequence[str], run: str, runs: str) -> Plan:
+    """Return the plan of the two steps that come before a planned recipe: split and plan."""
+    settings = _load_settings(overrides, "", ())
+    builder = _Builder(Path(runs) / run, inputs, settings, tuple(overrides), "", ())
+    builder.add_split()
+    builder.add("plan", "plan", {"train": inputs.train, "weights": inputs.weights}, ("split",))
+    return Plan(run, builder.folder, tuple(builder.steps), (), settings)
 
 
 def new_run_name() -> str:
@@ -171,6 +180,13 @@ def select(plan: Plan, stages: Sequence[str] = (), folds: Sequence[int] = ()) ->
     return replace(plan, steps=tuple(steps))
 
 
+def without(plan: Plan, names: Sequence[str]) -> Plan:
+    """Return the plan without some steps, which have ended."""
+    kept = [step for step in plan.steps if step.name not in names]
+    steps = (replace(step, needs=tuple(need for need in step.needs if need not in names)) for step in kept)
+    return replace(plan, steps=tuple(steps))
+
+
 @dataclass
 class _Builder:
     """Build the steps of one run in order, and notes on omitted steps."""
@@ -187,7 +203,7 @@ class _Builder:
 
     def build(self) -> None:
         inputs, split = self.inputs, self.settings.split
-        self._add("split", "split", {"train": inputs.train, "eval": inputs.eval})
+        self.add_split()
         images = {"train": inputs.train, "weights": inputs.weights}
         seeds = self.seeds or (self.settings.seed,)
         linear = self._add_linear(images, seeds[0]) if self.linear_first else ()
@@ -196,7 +212,7 @@ class _Builder:
             for fold in range(self._folds):
                 name = f"fold-{fold}" if seed == seeds[0] else f"fold-{fold}-seed-{seed}"
                 needs = ("split", *linear[-1:])
-                self._add(name, "train-fold", images, needs, self.settings.train.epochs, fold, seed, timed=True)
+                self.add(name, "train-fold", images, needs, self.settings.train.epochs, fold, seed, timed=True)
                 folds.append(name)
         teachers = (*linear, *folds)
         self._add_scores("ensemble", "evaluate", str(self.folder), teachers)
@@ -210,8 +226,11 @@ class _Builder:
             )
             return
         images = {"train": inputs.train, "unlabeled": inputs.unlabeled, "weights": inputs.weights}
-        self._add("distill", "distill", images, teachers, self.settings.student().train.epochs, seed=seeds[0])
+        self.add("distill", "distill", images, teachers, self.settings.student().train.epochs, seed=seeds[0])
         self._add_scores("ensemble-student", "evaluate-student", str(self.folder / "distill" / "model"), ("distill",))
+
+    def add_split(self) -> None:
+        self.add("split", "split", {"train": self.inputs.train, "eval": self.inputs.eval})
 
     @property
     def _folds(self) -> int:
@@ -227,7 +246,7 @@ class _Builder:
         for fold in range(self._folds):
             name, folder = f"linear-fold-{fold}", self.folder / LINEAR / f"fold-{fold}"
             needs = ("split", *names[:1])
-            self._add(name, "train-fold", images, needs, 1, fold, seed, folder, arguments, all_cores=fold == 0)
+            self.add(name, "train-fold", images, needs, 1, fold, seed, folder, arguments, all_cores=fold == 0)
             names.append(name)
         result = "ensemble" if self.inputs.eval else "evaluate"
         if not (self.folder / result / "output" / RECORD).is_file():
@@ -245,18 +264,18 @@ class _Builder:
         channels = {"train": inputs.train, "model": model, "predictions": None}
         if inputs.eval:
             folder = self.folder / ensemble.removeprefix(f"{LINEAR}-")
-            self._add(ensemble, "ensemble", {"model": model, "eval": inputs.eval}, needs, folder=folder)
+            self.add(ensemble, "ensemble", {"model": model, "eval": inputs.eval}, needs, folder=folder)
             channels |= {"predictions": str(folder / "output"), "eval": inputs.eval}
             channels |= {"ground_truth": inputs.ground_truth}
             needs = (ensemble,)
         truth = inputs.eval and (inputs.ground_truth or inputs.truth_unknown)
         if evaluate != "evaluate-student" or truth or split.holdout > 0 or (split.ratios and split.ratios[2]):
             folder = self.folder / evaluate.removeprefix(f"{LINEAR}-")
-            self._add(evaluate, "evaluate", channels, needs, folder=folder)
+            self.add(evaluate, "evaluate", channels, needs, folder=folder)
         else:
             self.notes.append(f"no ground truth for eval and no holdout: the plan omits {evaluate}")
 
-    def _add(
+    def add(
         self,
         name: str,
         stage: str,

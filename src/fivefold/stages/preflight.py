@@ -26,7 +26,7 @@ def check_plan(plan: Plan, inputs: Inputs, local: bool) -> None:
     settings, stages = plan.settings, {step.stage for step in plan.steps}
     if any(step.name == "ensemble" for step in plan.steps):
         check_blend(settings, local)
-    trained = [name for name in TRAINING if name in stages]
+    trained = [name for name in (*TRAINING, "plan") if name in stages]
     if trained:
         check_in_subprocess(settings, trained, local, inputs.weights)
 
@@ -67,9 +67,13 @@ def check_stages(settings: Settings, trained: Sequence[str], local: bool, weight
     from fivefold import build
     from fivefold.distillation import TEACHERS, check_patience
     from fivefold.inference.tta import build_views
+    from fivefold.planning.recipe import find_backbones
     from fivefold.stages.image_source import cache_folder
 
     cache_folder(settings)
+    if "plan" in trained:
+        find_backbones(settings)
+        return
     recipes = [settings.of_stage(stage) for stage in trained]
     for number, recipe in enumerate(recipes):
         if recipe in recipes[:number]:  # the student may have the folds' settings

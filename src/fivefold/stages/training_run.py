@@ -88,7 +88,7 @@ def probe_cache_dir(job: StageContext) -> Path | None:
     None if the split lies elsewhere, or if this user cannot write to the folder.
     """
     split = job.channels["folds"].absolute()
-    folders = job.model().absolute().parents
+    folders = job.record_dir().absolute().parents
     run = next((run for run in folders if split in (run / "split", run / "split" / "output")), None)
     return run / PROBE_CACHE_DIR if run is not None and os.access(run, os.W_OK) else None
 

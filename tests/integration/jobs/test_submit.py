@@ -45,7 +45,8 @@ def test_invalid_arguments_are_rejected(data: Path, arguments: list[str], messag
 
 
 def test_ground_truth_without_test_images_gives_a_warning(data: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert submit.main([f"train={data / 'train'}", f"ground_truth={data / 'test'}", "check=false", "--dry-run"]) == 0
+    arguments = [f"train={data / 'train'}", f"ground_truth={data / 'test'}", "recipe=photographs", "check=false"]
+    assert submit.main([*arguments, "--dry-run"]) == 0
     assert any("without eval=" in r.message and r.levelname == "WARNING" for r in caplog.records)
     with pytest.raises(MissingInputError, match="eval="):
         submit.main([f"train={data}", f"eval={data / 'no'}"])
@@ -56,7 +57,8 @@ def test_submit_and_status_end_to_end(
 ) -> None:
     """Run the split by its printed command; then submit an evaluation, which fails without models."""
     runs, truth = data / "my runs", data / "test" / "gt.csv"
-    common = [f"train={data / 'train'}", f"runs={runs}", "run=r", "split.folds=3", "check=false"]
+    common = [f"train={data / 'train'}", f"runs={runs}", "run=r", "recipe=photographs", "split.folds=3"]
+    common.append("check=false")
     assert submit.main([*common, f"eval={truth.parent}", "--dry-run"]) == 0
     printed = capfd.readouterr().out
     assert not runs.exists()
@@ -87,26 +89,6 @@ def test_submit_and_status_end_to_end(
         status.main(["rum=r"])
 
 
-@pytest.mark.parametrize(
-    ("arguments", "recipe"),
-    [
-        ([], "recipe=photographs "),
-        (["time=30m"], "recipe=photographs:fine_tune "),
-        (["data.group_column=sender"], "recipe=photographs "),
-        (["recipe=demo"], "recipe=demo "),
-        (["model.backbone=timm/resnet18"], ""),
-        (["train.epochs=3"], ""),
-        (["platform=kubernetes", "train=/data/photos"], ""),
-    ],
-)
-def test_without_a_recipe_it_is_that_of_photographs(
-    data: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], recipe: str
-) -> None:
-    assert submit.main([f"train={data / 'train'}", "check=false", *arguments, "--dry-run"]) == 0
-    printed = capfd.readouterr().out
-    assert (recipe in printed) if recipe else ("recipe=" not in printed)
-
-
 def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     assert submit.main(["--help"]) == 0
     printed = capsys.readouterr().out
@@ -115,7 +97,7 @@ def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_increment_picks_the_next_free_run_name(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = data / "runs"
-    arguments = [f"train={data / 'train'}", f"runs={runs}", "run=exp", "check=false"]
+    arguments = [f"train={data / 'train'}", f"runs={runs}", "run=exp", "recipe=photographs", "check=false"]
     for expected in ("exp", "exp2", "exp3"):
         assert submit.main([*arguments, "increment=true", "--dry-run"]) == 0
         assert f"# run {expected} in {runs / expected}" in capsys.readouterr().out

@@ -5,7 +5,7 @@ import pytest
 from fivefold.contract.run_layout import CHANNELS, env_for_run, find_ground_truth, pick_ground_truth, run_path
 from fivefold.contract.stage_specs import STAGES
 from fivefold.errors import SettingsError
-from fivefold.launchers.plan import Inputs, make_plan
+from fivefold.launchers.plan import Inputs, make_plan, make_planning
 
 
 def fill(stage: str, run: Path, fold: int | None = None, **variables: str) -> dict[str, str]:
@@ -29,7 +29,9 @@ def test_env_for_run_gives_the_variables_of_the_plan(tmp_path: Path):
         used = {f"SM_CHANNEL_{name.upper()}" for name in (*STAGES[step.stage].channels, *STAGES[step.stage].optional)}
         variables = {name: value for name, value in input_channels.items() if name in used}
         assert fill(step.stage, run, fold, **variables) == dict(step.environment), step.name
-    assert set(CHANNELS) - {"prepare"} == {step.stage for step in plan.steps}
+    planning = make_planning(inputs, (), "first", str(run.parent))
+    assert fill("plan", run, None, SM_CHANNEL_TRAIN="/data") == dict(planning.step("plan").environment)
+    assert set(CHANNELS) - {"prepare", "plan"} == {step.stage for step in plan.steps}
 
 
 def test_env_for_run_keeps_set_variables_and_platform_folders(tmp_path: Path):

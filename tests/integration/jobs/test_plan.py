@@ -1,0 +1,122 @@
+"""A planned recipe: the stage plan writes settings with reasons that can be given back, and submit plans without a recipe."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from fivefold.config.loading import arguments_layer, load
+from fivefold.config.schema import Data
+from fivefold.contract.files import read_json
+from fivefold.data.readers.stores import open_store
+from fivefold.errors import MissingInputError, SettingsError
+from fivefold.planning import recipe
+from fivefold.planning.facts import read_facts
+from fivefold.planning.recipe import find_backbones, read_measurements
+from jobs import status, submit
+from toy_data import MODEL, call_jobs, draw_toy_images, run_stage
+
+OURS = [*MODEL, "model.pretrained=false", "augment.image_size=10", "train.lr=0.003", "train.precision=fp32"]
+"""Settings of a user, for a network that needs no weights."""
+
+
+def test_the_recipe_keeps_what_was_set_and_gives_a_reason_for_the_rest(toy_run: Path, tmp_path: Path) -> None:
+    assert run_stage(toy_run, "plan", tmp_path, *OURS) == 0
+    written = tmp_path / "output" / "recipe.toml"
+    settings = load([arguments_layer([f"recipe={written}"])])
+    assert (settings.system, settings.model.backbone, settings.train.lr) == ("planned", "fivefold/small_net", 0.003)
+    assert settings.model.backbone_kwargs == {"widths": [8, 16], "stem": 8}
+    assert settings.model.pretrained is False
+    assert (settings.train.method, settings.data.resize_shorter_side) == ("linear_probe", 256)  # few rows
+    lines = written.read_text("utf-8").splitlines()
+    before = {line.split(" = ")[0]: lines[number - 1] for number, line in enumerate(lines) if " = " in line}
+    assert before["method"].startswith("# a fold has")
+    assert not before["lr"].startswith("# ")
+    facts, speed, rates = read_measurements(tmp_path / "output")
+    assert (facts.rows, facts.folds, facts.classes, facts.shorter_side) == (81, 3, 3, 12)
+    assert min(speed.train, speed.predict, speed.memory, speed.start_seconds, rates.at_once) > 0
+    record = (tmp_path / "output" / "stage.json").read_bytes()
+    assert run_stage(toy_run, "plan", tmp_path, *OURS) == 0
+    assert (tmp_path / "output" / "stage.json").read_bytes() == record  # nothing to do
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "auto"),
+        (["time=30m", "data.group_column=sender"], "auto"),
+        (["model.backbone=timm/resnet18"], ""),
+        (["augment.image_size=64"], ""),
+        (["train.epochs=3"], ""),
+    ],
+)
+def test_without_a_recipe_one_is_planned_unless_the_training_is_set(arguments: list[str], expected: str) -> None:
+    assert submit.default_recipe(arguments) == expected
+
+
+def test_a_plan_for_another_machine_is_rejected(toy_run: Path, tmp_path: Path) -> None:
+    arguments = ["platform=kubernetes", "recipe=auto", "train=/data/photos", f"runs={tmp_path / 'runs'}"]
+    with pytest.raises(SettingsError, match="recipe=auto"):
+        submit.main(arguments)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_no_weights_on_this_machine_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipe, "CANDIDATES", {"timm/vgg11": 69.0})
+    with pytest.raises(MissingInputError, match="timm/vgg11"):
+        find_backbones(load([arguments_layer(["offline=true"])]))
+    assert find_backbones(load([arguments_layer(["model.backbone=timm/resnet18"])])) == ["timm/resnet18"]
+
+
+def test_facts_of_grey_and_colour_images(tmp_path: Path) -> None:
+    random, paths = np.random.default_rng(0), []
+    for number in range(8):
+        paths.append(f"{number}.png")
+        shape = (20, 30) if number < 6 else (20, 30, 4)
+        Image.fromarray(random.integers(0, 255, shape, np.uint8)).save(tmp_path / paths[-1])
+    codes = np.array([0] * 7 + [1])
+    groups = pa.array(["x", "x", *map(str, range(6))])
+    facts = read_facts(open_store(tmp_path), paths, codes, 2, groups, 4, 5, Data())
+    assert (facts.rows, facts.smallest_class, facts.largest_class, facts.groups) == (8, 1, 7, 7)
+    assert (facts.shorter_side, facts.grey, facts.image_bytes, facts.valid_rows) == (20, 0.75, 20 * 30 * 3, 2)
+
+
+@pytest.mark.slow
+def test_submit_plans_trains_and_goes_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    root = draw_toy_images(tmp_path)
+    common = [
+        *OURS,
+        "recipe=auto",
+        f"train={root / 'train'}",
+        f"eval={root / 'eval'}",
+        f"runs={root / 'runs'}",
+        "run=r",
+    ]
+    common += ["split.folds=3"]
+    preview = call_jobs("submit", *common, "--dry-run")
+    assert preview.returncode == 0, preview.stderr
+    assert not (root / "runs").exists()
+    assert re.search(r"^# +all steps +[1-9]", preview.stdout, re.MULTILINE)
+    assert submit.main([*common, "time=10m"]) == 0
+    run = root / "runs" / "r"
+    steps = [step["name"] for step in read_json(run / "plan.json")["steps"]]
+    assert steps[:3] == ["split", "plan", "fold-0"]
+    assert (run / "ensemble" / "output" / "submission.csv").is_file()
+    assert "starts at" in capfd.readouterr().out
+    assert status.main([f"runs={root / 'runs'}", "run=r"]) == 0
+    assert "waiting" not in capfd.readouterr().out
+    records = {path: path.read_bytes() for path in run.rglob("stage.json")}
+    assert submit.main([*common, "time=10m"]) == 0
+    assert {path: path.read_bytes() for path in run.rglob("stage.json")} == records
+
+
+@pytest.mark.slow
+def test_too_little_time_to_plan_is_an_error(tmp_path: Path) -> None:
+    root = draw_toy_images(tmp_path)
+    arguments = [*OURS, "recipe=auto", f"train={root / 'train'}", f"runs={root / 'runs'}", "run=r", "time=2s"]
+    with pytest.raises(SettingsError, match="too short"):
+        submit.main(arguments)
+    assert submit.main([*(each for each in arguments if not each.startswith("time=")), "split.folds=3"]) == 0
