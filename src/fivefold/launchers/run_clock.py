@@ -30,6 +30,7 @@ class RunClock:
 
     def __init__(self, plan: Plan) -> None:
         self.path, self.steps, self.limit = plan.folder / FILE, plan.steps, plan.settings.time_limit
+        self.forecast = plan.expected
         self._used = 0.0
         with suppress(OSError, DataError, KeyError, TypeError):
             self._used = float(read_json(self.path)["used_seconds"]) if self.path.is_file() else 0.0
@@ -82,7 +83,7 @@ class RunClock:
         return UNKNOWN_SHARE * self.limit if None in expected else sum(map(float, filter(None, expected)))
 
     def _expected(self, step: Step) -> float | None:
-        """Return the seconds that a step takes, by a similar one that has run; None if none has.
+        """Return the seconds that a step takes, by a similar one that has run, or by the forecast; None if there is neither.
 
         A distillation is like a fold of the linear probes. Before the final ensemble has run, its folder has the record of that
         of the linear probes, which share one pass over the images; the final one adds a pass for each fine-tuned fold.
@@ -90,8 +91,10 @@ class RunClock:
         name = f"{LINEAR}-fold-1" if step.stage == "distill" else step.stage
         similar = next((other for other in self.steps if other.name == name), None)
         record = read_step_record(similar) if similar else None
+        folds = sum(other.timed for other in self.steps)
+        early = record is not None and step.name == "ensemble" and record["metrics"].get("models", 0) <= folds
+        if (record is None or early) and step.name in self.forecast:
+            return MARGIN * self.forecast[step.name]
         if record is None:
             return None
-        folds = sum(other.timed for other in self.steps)
-        early = step.name == "ensemble" and record["metrics"].get("models", 0) <= folds
         return MARGIN * record["wall_seconds"] * (1 + folds if early else 1)

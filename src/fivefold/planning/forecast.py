@@ -16,9 +16,9 @@ from fivefold.planning.facts import DataFacts
 from fivefold.planning.probe import Speed
 from fivefold.progress import MIB, format_duration
 
-GRADIENTS = 1500
-"""Gradients of all rows that the fit of a linear head takes, with its cross-validation; measured: 1,100 to 1,900."""
-TRAIN_STARTS, SCORE_STARTS, SPLIT_STARTS = 2.5, 2.0, 1.0
+GRADIENTS = 320
+"""Gradients of all rows that the fit of a linear head takes, with its cross-validation; measured on 2,700 rows of 10 classes."""
+TRAIN_STARTS, SCORE_STARTS, SPLIT_STARTS = 3.0, 2.0, 1.0
 """Constant seconds of a step divided by those that its process takes to load: steps that train, ensemble and evaluate, split.
 
 Training steps also prepare the network, write the model and draw plots.
@@ -178,18 +178,12 @@ def _seconds(step: Step, settings: Settings, facts: DataFacts, speed: Speed, rat
             passes = 1 if _is_linear(step, settings) else 1 + facts.folds
         return SCORE_STARTS * start + passes * facts.eval_images * rates.views / (speed.predict * rates.workers)
     if step.stage == "distill" or _is_linear(step, settings):
-        first = step.name in ("linear-fold-0", "fold-0") and not _has_features(step, settings)
-        return constant + head + (features_seconds(speed, facts, rates) if first else 0.0)
+        return constant + head + (features_seconds(speed, facts, rates) if step.all_cores else 0.0)
     return fold_seconds(speed, facts, rates, settings.train.epochs)
 
 
 def _is_linear(step: Step, settings: Settings) -> bool:
     return step.name.startswith("linear-") or settings.train.method == "linear_probe"
-
-
-def _has_features(step: Step, settings: Settings) -> bool:
-    """Return whether an earlier step has computed the features that this one needs."""
-    return step.name == "fold-0" and settings.train.linear_first
 
 
 def _memory(step: Step, settings: Settings, facts: DataFacts, speed: Speed) -> float:
@@ -210,4 +204,4 @@ def _disk(step: Step, facts: DataFacts, speed: Speed, rates: Rates) -> float:
     caches = facts.rows * (facts.image_bytes + 4 * rates.views * speed.features)
     if step.stage == "train-fold" and step.timed:
         return (1 + CHECKPOINTS * STATES) * speed.weights
-    return speed.weights + (caches if step.name == "linear-fold-0" else 0.0)
+    return speed.weights + (caches if step.all_cores else 0.0)

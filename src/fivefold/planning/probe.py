@@ -21,18 +21,16 @@ import numpy as np
 
 from fivefold.config.schema import Settings
 from fivefold.errors import RetryableError
-from fivefold.log import log
 
 MODULE = "fivefold.planning.probe"
 BUDGET_S = 20.0
 """Seconds of all measurements, with the start of the processes."""
-CANDIDATE_S = 5.0
-"""Seconds for each candidate, if BUDGET_S allows them."""
+TRAINING_S = 2.5
+"""Seconds of training of each candidate, after a warm-up."""
 KILL_S = 120.0
 """Seconds after which a measurement has failed."""
-TRAIN_SHARE = 0.6
-"""Share of a candidate's time for training; the rest is for its start and its predictions."""
-MIN_STEPS = 4
+STEPS, PREDICTIONS = 2, 2
+"""Steps of an epoch of the measured training, and predictions of a batch."""
 
 
 @dataclass(frozen=True)
@@ -58,17 +56,17 @@ def measure(
     settings: Settings,
     train: Path,
     paths: Sequence[str],
-    backbones: Sequence[str],
+    backbones: Mapping[str, int],
     processes: int,
     environ: Mapping[str, str],
 ) -> list[Speed]:
     """Return the speed of each backbone that BUDGET_S reached, the mean over the processes; at least that of the first.
 
-    `train`: the folder or archive that `paths` are in. `environ`: the variables of the processes, which set their threads.
+    `backbones` have the side of their training images in pixels. `train`: the folder or archive that `paths` are in. `environ`: the variables of the processes, which set their threads.
     Raise a RetryableError if a process fails.
     """
     tree = settings.model_dump(mode="json", exclude_unset=True)
-    request = json.dumps([tree, str(train), list(paths), list(backbones), time.time() + BUDGET_S])
+    request = json.dumps([tree, str(train), list(paths), dict(backbones), time.time() + BUDGET_S])
     with tempfile.TemporaryFile("w+") as errors:
         command = [sys.executable, "-m", MODULE]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors, "text": True}
@@ -100,7 +98,7 @@ def _mean(speeds: Sequence[Speed]) -> Speed:
 
 
 def measure_here(
-    settings: Settings, train: Path, paths: Sequence[str], backbones: Sequence[str], deadline: float
+    settings: Settings, train: Path, paths: Sequence[str], backbones: Mapping[str, int], deadline: float
 ) -> list[Speed]:
     """Measure the backbones in this process, the first in any case, the others until `deadline` (seconds since 1970)."""
     import psutil
@@ -111,18 +109,17 @@ def measure_here(
     loaded = time.time() - psutil.Process().create_time()
     store = open_store(train, settings.data.max_unpacked_gib)
     speeds: list[Speed] = []
-    for number, backbone in enumerate(backbones):
-        seconds = min(CANDIDATE_S, (deadline - time.time()) / (len(backbones) - number))
-        if speeds and seconds < 1:
-            log.info("not measured, because the others took %.0f s: %s", BUDGET_S, ", ".join(backbones[number:]))
+    for backbone, side in backbones.items():
+        if speeds and time.time() + 2 * TRAINING_S > deadline:
             break
         model = settings.model.model_copy(update={"backbone": backbone})
-        chosen = build.resolve_inputs(settings.model_copy(update={"model": model}))
-        speeds.append(_measure(chosen, store, paths, seconds, loaded))
+        augment = settings.augment.model_copy(update={"image_size": side})
+        chosen = build.resolve_inputs(settings.model_copy(update={"model": model, "augment": augment}))
+        speeds.append(_measure(chosen, store, paths, loaded))
     return speeds
 
 
-def _measure(settings: Settings, store: Any, paths: Sequence[str], seconds: float, loaded: float) -> Speed:
+def _measure(settings: Settings, store: Any, paths: Sequence[str], loaded: float) -> Speed:
     from fivefold import build
     from fivefold.contract.record import peak_memory_mib
     from fivefold.data.pipeline.eval_cache import EvalImageCache
@@ -131,29 +128,27 @@ def _measure(settings: Settings, store: Any, paths: Sequence[str], seconds: floa
     from fivefold.training.time_limit import EXIT_SECONDS
     from fivefold.training.trainer import TrainData, fit
 
-    start, batch = time.time(), settings.train.batch_size
+    batch = settings.train.batch_size
     network = build.build_classifier(settings.model, 2)
     features = build.count_features(network.backbone, settings.model.size)
     runtime = build.make_training_runtime(settings)
-    chosen = [paths[index % len(paths)] for index in range(batch * MIN_STEPS)]
+    chosen = [paths[index % len(paths)] for index in range(batch * STEPS)]
     images = build.image_dataset(store, chosen, [None] * len(chosen), settings, training=True)
     targets = build.one_hot(np.arange(len(chosen)) % 2, 2, runtime.device)
     warm_up = settings.model_copy(update={"train": settings.train.model_copy(update={"epochs": 1})})
-    few = build.image_dataset(store, chosen[: 2 * batch], [None] * 2 * batch, settings, training=True)
-    fit(build.build_trainer("warm-up", network, TrainData(few, targets[: 2 * batch]), None, warm_up, runtime, False, 0))
+    few = build.image_dataset(store, chosen[:batch], [None] * batch, settings, training=True)
+    fit(build.build_trainer("warm-up", network, TrainData(few, targets[:batch]), None, warm_up, runtime, False, 0))
     many = settings.model_copy(update={"train": settings.train.model_copy(update={"epochs": 10_000})})
-    until = max(time.time() + 1, start + TRAIN_SHARE * seconds) + EXIT_SECONDS
+    until = time.time() + TRAINING_S + EXIT_SECONDS
     trainer = build.build_trainer("speed", network, TrainData(images, targets), None, many, runtime, False, 0, until)
     fit(trainer)
-    predicted = paths[: 2 * batch]
+    predicted = paths[:batch]
     cached = EvalImageCache(build.image_dataset(store, predicted, [None] * len(predicted), settings, training=False))
     times = []
-    for _ in range(3):  # the first also decodes and resizes, as the first prediction of a fold does
+    for _ in range(PREDICTIONS):  # the first one also decodes and resizes the images
         begin = time.perf_counter()
         predict_images(trainer.model, settings, runtime, cached, "", ["plain"])
         times.append(time.perf_counter() - begin)
-        if time.time() > start + seconds:
-            break
     return Speed(
         backbone=settings.model.backbone,
         train=statistics.median(trainer.speeds),

@@ -78,11 +78,15 @@ def plan_recipe(
     network = build.build_classifier(first.model, facts.classes)
     precision = build.resolve_precision(first, network, SINGLE_PROCESS, None, decisions).train.precision
     tried = _with(settings, {"train": {"precision": precision, "batch_size": _batch(settings), "freeze_norms": True}})
-    tried = _with(tried, {"augment": {"image_size": _train_size(settings, first)}, "model": {"pretrained": "auto"}})
+    tried = _with(tried, {"model": {"pretrained": "auto"}})
+    sides = {}
+    for backbone in backbones:
+        model = {"backbone": backbone, "pretrained": "auto"}
+        sides[backbone] = _train_size(settings, build.resolve_inputs(_with(settings, {"model": model})))
     log.info("measuring %s in %d processes", ", ".join(backbones), rates.at_once)
     threads = 0 if gpus or parallel == 1 else max(1, count_cores() // parallel)
     variables = local.process_variables(environ, gpus[0] if gpus else "", threads)
-    speeds = probe.measure(tried, train, paths, backbones, 1 if gpus else rates.at_once, variables)
+    speeds = probe.measure(tried, train, paths, sides, 1 if gpus else rates.at_once, variables)
     chosen = choose(speeds, facts, rates, settings.time_limit, settings.limit_words)
     speed = next(speed for speed in speeds if speed.backbone == chosen[0].value)
     offer = published(speed.backbone)

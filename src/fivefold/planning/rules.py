@@ -15,7 +15,6 @@ from fivefold.planning.probe import Speed
 
 CANDIDATES = {
     "timm/tf_efficientnet_lite0": 74.8,
-    "timm/tf_efficientnet_lite1": 76.6,
     "timm/tf_efficientnet_lite2": 77.5,
     "timm/convnext_tiny.in12k_ft_in1k": 84.2,
     "timm/convnext_small.in12k_ft_in1k": 85.3,
