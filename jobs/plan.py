@@ -28,7 +28,8 @@ def main(job: StageContext, settings: Settings) -> StageResult:
         store, paths, table.codes[rows], len(table.classes), groups, table.num_folds, eval_images, settings.data
     )
     sample = [paths[row] for row in sample_rows(len(paths))]
-    planned = plan_recipe(settings, facts, job.channel("train"), sample, os.environ, probe_cache_dir(job))
+    train, weights = job.channel("train"), job.optional_channel("weights")
+    planned = plan_recipe(settings, facts, train, sample, os.environ, weights, probe_cache_dir(job))
     for choice in planned.choices:
         log.info("plan: %s=%s: %s", choice.key, choice.value, choice.reason)
     metrics = {"backbone": planned.speed.backbone, "images_per_second": round(planned.speed.train, 1)}

@@ -202,7 +202,8 @@ def preview(planning: Plan, inputs: Inputs, overrides: Sequence[str], keys: Keys
     paths = rows.paths.to_pylist()
     facts = read_facts(store, paths, rows.codes, len(rows.classes), rows.groups, folds, tested, data)
     sample = [paths[row] for row in sample_rows(len(rows))]
-    planned = plan_recipe(settings, facts, Path(inputs.train), sample, os.environ)
+    weights = Path(inputs.weights) if inputs.weights else None
+    planned = plan_recipe(settings, facts, Path(inputs.train), sample, os.environ, weights)
     with tempfile.TemporaryDirectory() as folder:
         recipe, _ = write_plan(Path(folder), planned)
         plan = make_plan(inputs, overrides, planning.run, keys.runs, str(recipe), keys.seeds, local=True)
@@ -215,10 +216,9 @@ def forecast(plan: Plan, folder: Path) -> tuple[Plan, str, int]:
 
     Return the plan with the expected seconds of each step, a table, and the number of parallel folds that was measured.
     """
-    from fivefold.planning.forecast import describe, forecast_steps
-    from fivefold.planning.recipe import read_measurements
+    from fivefold.planning.forecast import MEASUREMENTS, describe, forecast_steps, read_measurements
 
-    facts, speed, rates = read_measurements(folder)
+    facts, speed, rates = read_measurements(folder / MEASUREMENTS)
     used = RunClock(plan).used
     steps = forecast_steps(plan.steps, plan.settings, facts, speed, rates, plan.settings.time_limit - used)
     plan = replace(plan, expected={step.name: step.end - step.start for step in steps})

@@ -162,7 +162,7 @@ def read_scores(plan: Plan, step: Step) -> Scores | None:
         return None
     if step.stage == "train-fold":
         return _scores_in(record["metrics"], "oof", "oof_")
-    if step.stage == "split":
+    if step.stage in ("split", "plan"):
         return None
     evaluation = plan.folder / EVALUATION.get(step.name, step.name) / "output"
     scored = read_json(evaluation / METRICS) if (evaluation / RECORD).is_file() else {}

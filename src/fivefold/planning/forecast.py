@@ -6,16 +6,20 @@ process needs to load its libraries. `simulate` runs the steps as the Scheduler 
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import pandas as pd
 
 from fivefold.config.schema import Settings
+from fivefold.contract.files import read_json, write_json
 from fivefold.launchers.plan import Step
 from fivefold.planning.facts import DataFacts
 from fivefold.planning.probe import Speed
 from fivefold.progress import MIB, format_duration
 
+MEASUREMENTS = "measurements.json"
+"""The file beside a planned recipe with what its forecast needs."""
 GRADIENTS = 320
 """Gradients of all rows that the fit of a linear head takes, with its cross-validation; measured on 2,700 rows of 10 classes."""
 TRAIN_STARTS, SCORE_STARTS, SPLIT_STARTS = 3.0, 2.0, 1.0
@@ -23,6 +27,9 @@ TRAIN_STARTS, SCORE_STARTS, SPLIT_STARTS = 3.0, 2.0, 1.0
 
 Training steps also prepare the network, write the model and draw plots.
 """
+TRAINING_MEMORY, LINEAR_MEMORY, SMALL_PROCESS = 1.38, 0.46, 0.32 * 2**30
+"""Memory of a fold, and of a linear head from cached features, divided by that of the measured process, which ran some steps only; and
+the bytes of a process without a network."""
 CHECKPOINTS = 3
 """Files of a fold's checkpoints at the same time; see `training_run.check_disk`."""
 STATES = 5
@@ -31,16 +38,35 @@ STATES = 5
 
 @dataclass(frozen=True)
 class Rates:
-    """How a run uses the machine: `parallel` folds at a time on so many `workers` (cores or GPUs), and `views` in prediction."""
+    """How a run uses the machine: `parallel` folds at a time on so many `workers` (cores or GPUs), and `views` in prediction.
+
+    `gpu`: the workers are GPUs, and every step runs on one of them.
+    """
 
     parallel: int
     workers: int
     views: int = 2
+    gpu: bool = False
 
     @property
     def at_once(self) -> int:
         """Return the number of folds that make progress at the same time."""
         return min(self.parallel, self.workers)
+
+    @property
+    def whole(self) -> int:
+        """Return the rate of a step with the whole machine, divided by that of one fold beside others."""
+        return 1 if self.gpu else self.at_once
+
+
+def write_measurements(path: Path, facts: DataFacts, speed: Speed, rates: Rates) -> None:
+    write_json(path, {"facts": asdict(facts), "speed": asdict(speed), "rates": asdict(rates)})
+
+
+def read_measurements(path: Path) -> tuple[DataFacts, Speed, Rates]:
+    """Return the facts, speed and rates that `write_measurements` wrote."""
+    tree = read_json(path)
+    return DataFacts(**tree["facts"]), Speed(**tree["speed"]), Rates(**tree["rates"])
 
 
 @dataclass(frozen=True)
@@ -62,7 +88,7 @@ def head_seconds(speed: Speed, facts: DataFacts, rates: Rates) -> float:
 def features_seconds(speed: Speed, facts: DataFacts, rates: Rates) -> float:
     """Return the seconds to decode all images and compute their features, by one process with all cores."""
     decoding = facts.decode_seconds * facts.rows / rates.workers
-    return decoding + facts.rows * rates.views / (speed.predict * rates.workers)
+    return decoding + facts.rows * rates.views / (speed.frozen * rates.whole)
 
 
 def fold_seconds(speed: Speed, facts: DataFacts, rates: Rates, epochs: float) -> float:
@@ -86,7 +112,7 @@ def linear_seconds(speed: Speed, facts: DataFacts, rates: Rates) -> float:
     """Return the seconds of linear probes, their ensemble and their report."""
     start, head = speed.start_seconds, head_seconds(speed, facts, rates)
     folds = (head + TRAIN_STARTS * start) * (1 + rounds(rates, facts.folds - 1))
-    scored = facts.eval_images * rates.views / (speed.predict * rates.workers)
+    scored = facts.eval_images * rates.views / (speed.predict * rates.whole)
     return features_seconds(speed, facts, rates) + folds + scored + 2 * SCORE_STARTS * start
 
 
@@ -94,7 +120,7 @@ def other_seconds(speed: Speed, facts: DataFacts, rates: Rates) -> float:
     """Return the seconds of a run with linear probes first, without the epochs of fine-tuning."""
     start, head = speed.start_seconds, head_seconds(speed, facts, rates)
     folds = fold_seconds(speed, facts, rates, 0) * rounds(rates, facts.folds)
-    scored = facts.eval_images * rates.views * (facts.folds + 2) / (speed.predict * rates.workers)
+    scored = facts.eval_images * rates.views * (facts.folds + 2) / (speed.predict * rates.whole)
     student = head + TRAIN_STARTS * start
     return linear_seconds(speed, facts, rates) + folds + scored + student + 4 * SCORE_STARTS * start
 
@@ -144,6 +170,7 @@ def peak_memory(steps: Sequence[StepForecast]) -> float:
 def simulate(steps: Sequence[Step], seconds: Mapping[str, float], rates: Rates) -> dict[str, tuple[float, float]]:
     """Return the start and end of each step: a step starts when those it needs have ended and one of the `parallel` places is free."""
     waiting, running, times, now = list(steps), {}, {}, 0.0
+    cores = {step.name: 1 if rates.gpu or not _uses_all_cores(step) else rates.workers for step in steps}
     while waiting or running:
         for step in [step for step in waiting if all(need in times and need not in running for need in step.needs)]:
             if len(running) < rates.parallel:
@@ -151,7 +178,7 @@ def simulate(steps: Sequence[Step], seconds: Mapping[str, float], rates: Rates) 
                 running[step.name], times[step.name] = seconds[step.name], (now, math.inf)
         if not running:
             raise ValueError(f"steps that wait for missing ones: {', '.join(step.name for step in waiting)}")
-        slowdown = max(1.0, len(running) / rates.workers)
+        slowdown = max(1.0, sum(cores[name] for name in running) / rates.workers)
         shortest = min(running.values())
         now += shortest * slowdown
         for name in list(running):
@@ -160,6 +187,11 @@ def simulate(steps: Sequence[Step], seconds: Mapping[str, float], rates: Rates) 
                 del running[name]
                 times[name] = (times[name][0], now)
     return times
+
+
+def _uses_all_cores(step: Step) -> bool:
+    """Return whether the step's process has a thread for each core. Reports hardly compute."""
+    return step.all_cores or step.stage in ("ensemble", "distill")
 
 
 def _end(times: Mapping[str, tuple[float, float]]) -> float:
@@ -176,7 +208,7 @@ def _seconds(step: Step, settings: Settings, facts: DataFacts, speed: Speed, rat
             passes = 0 if step.stage == "evaluate" else 1
         else:
             passes = 1 if _is_linear(step, settings) else 1 + facts.folds
-        return SCORE_STARTS * start + passes * facts.eval_images * rates.views / (speed.predict * rates.workers)
+        return SCORE_STARTS * start + passes * facts.eval_images * rates.views / (speed.predict * rates.whole)
     if step.stage == "distill" or _is_linear(step, settings):
         return constant + head + (features_seconds(speed, facts, rates) if step.all_cores else 0.0)
     return fold_seconds(speed, facts, rates, settings.train.epochs)
@@ -187,14 +219,17 @@ def _is_linear(step: Step, settings: Settings) -> bool:
 
 
 def _memory(step: Step, settings: Settings, facts: DataFacts, speed: Speed) -> float:
-    """Return the peak bytes of a step's process: what the measured one had, and the images and features that it maps or keeps."""
+    """Return the peak bytes of a step's process: a share of the measured one's, and the images and features that it maps or keeps."""
     if step.stage in ("split", "evaluate"):
-        return 0.3 * 2**30
+        return SMALL_PROCESS
+    features = 4 * facts.rows * speed.features
     images = facts.image_bytes * facts.rows
     if step.stage == "train-fold" and not _is_linear(step, settings):
         kept = facts.valid_rows * 3 * settings.model.size[0] * settings.model.size[1]
-        return speed.memory + images + kept
-    return 0.75 * speed.memory + 3 * 4 * facts.rows * speed.features
+        return TRAINING_MEMORY * speed.memory + images + kept
+    if step.stage == "ensemble" or step.all_cores:
+        return speed.memory + (images if step.all_cores else 0.0)
+    return LINEAR_MEMORY * speed.memory + 3 * features
 
 
 def _disk(step: Step, facts: DataFacts, speed: Speed, rates: Rates) -> float:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,8 @@ STEPS, PREDICTIONS = 2, 2
 class Speed:
     """The speed of one process with a backbone, while the other processes ran too.
 
-    Images per second in training (at the training size) and in prediction (one view); `features` of an image;
+    Images per second in training (at the training size), and in one view of a prediction: of the network in training,
+    `predict`, and of a frozen or a loaded one, `frozen`; `features` of an image;
     `gradient_seconds` of a linear head for one row; peak `memory` of the process and the `weights`, in bytes; the seconds of a
     process until it has loaded its libraries, `start_seconds`.
     """
@@ -45,6 +46,7 @@ class Speed:
     backbone: str
     train: float
     predict: float
+    frozen: float
     features: int
     gradient_seconds: float
     memory: float
@@ -132,6 +134,11 @@ def _measure(settings: Settings, store: Any, paths: Sequence[str], loaded: float
     network = build.build_classifier(settings.model, 2)
     features = build.count_features(network.backbone, settings.model.size)
     runtime = build.make_training_runtime(settings)
+    predicted = paths[:batch]
+    cached = EvalImageCache(build.image_dataset(store, predicted, [None] * len(predicted), settings, training=False))
+    frozen = _time_prediction(
+        lambda: predict_images(runtime.to_device(network), settings, runtime, cached, "", ["plain"])
+    )
     chosen = [paths[index % len(paths)] for index in range(batch * STEPS)]
     images = build.image_dataset(store, chosen, [None] * len(chosen), settings, training=True)
     targets = build.one_hot(np.arange(len(chosen)) % 2, 2, runtime.device)
@@ -142,23 +149,28 @@ def _measure(settings: Settings, store: Any, paths: Sequence[str], loaded: float
     until = time.time() + TRAINING_S + EXIT_SECONDS
     trainer = build.build_trainer("speed", network, TrainData(images, targets), None, many, runtime, False, 0, until)
     fit(trainer)
-    predicted = paths[:batch]
-    cached = EvalImageCache(build.image_dataset(store, predicted, [None] * len(predicted), settings, training=False))
-    times = []
-    for _ in range(PREDICTIONS):  # the first one also decodes and resizes the images
-        begin = time.perf_counter()
-        predict_images(trainer.model, settings, runtime, cached, "", ["plain"])
-        times.append(time.perf_counter() - begin)
+    trained = _time_prediction(lambda: predict_images(trainer.model, settings, runtime, cached, "", ["plain"]))
     return Speed(
         backbone=settings.model.backbone,
         train=statistics.median(trainer.speeds),
-        predict=len(predicted) / min(times),
+        predict=len(predicted) / trained,
+        frozen=len(predicted) / frozen,
         features=features,
         gradient_seconds=_time_gradient(features),
         memory=float(peak_memory_mib() * MIB),
         weights=float(sum(tensor.nbytes for tensor in network.state_dict().values())),
         start_seconds=loaded,
     )
+
+
+def _time_prediction(predict: Callable[[], object]) -> float:
+    """Return the seconds of a prediction after the first one, which also decodes and resizes the images."""
+    times = []
+    for _ in range(PREDICTIONS):
+        begin = time.perf_counter()
+        predict()
+        times.append(time.perf_counter() - begin)
+    return min(times)
 
 
 def _time_gradient(features: int, rows: int = 1000, classes: int = 10) -> float:

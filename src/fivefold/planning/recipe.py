@@ -1,7 +1,7 @@
 """Plan a recipe for a data set and this machine, and write it with the reason of each choice."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,15 @@ from tomlkit.items import Table
 from fivefold import build
 from fivefold.config.recipes import default_system
 from fivefold.config.schema import PLATFORM_SECTIONS, Settings
-from fivefold.contract.files import atomic, read_json, write_json
+from fivefold.contract.files import atomic
 from fivefold.distributed.process_group import SINGLE_PROCESS
-from fivefold.errors import MissingInputError
+from fivefold.errors import MissingInputError, SettingsError
 from fivefold.launchers import local
 from fivefold.log import log
 from fivefold.models.pretrained import find_weights, published
 from fivefold.planning import probe
 from fivefold.planning.facts import DataFacts
-from fivefold.planning.forecast import Rates
+from fivefold.planning.forecast import MEASUREMENTS, Rates, write_measurements
 from fivefold.planning.probe import Speed
 from fivefold.planning.rules import (
     BATCH_SIZE,
@@ -34,7 +34,6 @@ from fivefold.planning.rules import (
 )
 from fivefold.system import count_cores
 
-MEASUREMENTS = "measurements.json"
 SYSTEM = "planned"
 """The name of a planned system."""
 RUN_KEYS = ("recipe", "run", "runs", "stage", "fold", "time", "budget", "hourly_price", "on_version_change")
@@ -58,36 +57,32 @@ def plan_recipe(
     train: Path,
     paths: Sequence[str],
     environ: Mapping[str, str],
+    weights: Path | None = None,
     decisions: Path | None = None,
 ) -> Planned:
     """Measure the candidate backbones on images of the data set, and choose the settings that were not set by the user.
 
-    `settings` are the defaults with the user's own; `paths` are images in `train` to measure with; `decisions` is the folder of the run's decision on the precision. Raise the error of `find_weights` if no candidate
-    has weights.
+    `settings` are the defaults with the user's own; `paths` are images in `train` to measure with; `weights` is the weights
+    channel; `decisions` is the folder of the run's decision on the precision. Raise the errors of `find_backbones`.
     """
     gpus = local.list_gpus(environ)
     parallel = local.fold_parallelism(facts.folds, gpus)
     views = settings.predict.tta if _is_set(settings, "predict.tta") else VIEWS
-    rates = Rates(parallel, len(gpus) or count_cores(), len(views))
+    rates = Rates(parallel, len(gpus) or count_cores(), len(views), bool(gpus))
     settings = _with_choices(settings, DATA_CHOICES)
-    backbones = find_backbones(settings)
-    first = build.resolve_inputs(_with(settings, {"model": {"backbone": backbones[0], "pretrained": "auto"}}))
-    first = _with(
-        first, {"augment": {"image_size": _train_size(settings, first)}, "train": {"batch_size": _batch(settings)}}
-    )
-    network = build.build_classifier(first.model, facts.classes)
-    precision = build.resolve_precision(first, network, SINGLE_PROCESS, None, decisions).train.precision
-    tried = _with(settings, {"train": {"precision": precision, "batch_size": _batch(settings), "freeze_norms": True}})
-    tried = _with(tried, {"model": {"pretrained": "auto"}})
-    sides = {}
-    for backbone in backbones:
-        model = {"backbone": backbone, "pretrained": "auto"}
-        sides[backbone] = _train_size(settings, build.resolve_inputs(_with(settings, {"model": model})))
+    backbones = find_backbones(settings, weights)
+    candidates = [_candidate(settings, backbone) for backbone in backbones]
+    network = build.build_classifier(candidates[0].model, facts.classes)
+    precision = build.resolve_precision(candidates[0], network, SINGLE_PROCESS, None, decisions).train.precision
+    batch = fitting_batch(_with(candidates[-1], {"train": {"precision": precision}}), facts.classes)
+    tried = _with(settings, {"train": {"precision": precision, "batch_size": batch, "freeze_norms": True}})
+    tried = _with(tried, {"model": {"pretrained": candidates[0].model.pretrained}})
+    sides = {each.model.backbone: each.augment.image_size for each in candidates}
     log.info("measuring %s in %d processes", ", ".join(backbones), rates.at_once)
     threads = 0 if gpus or parallel == 1 else max(1, count_cores() // parallel)
     variables = local.process_variables(environ, gpus[0] if gpus else "", threads)
     speeds = probe.measure(tried, train, paths, sides, 1 if gpus else rates.at_once, variables)
-    chosen = choose(speeds, facts, rates, settings.time_limit, settings.limit_words)
+    chosen = choose(speeds, facts, rates, settings.time_limit, settings.limit_words, batch)
     speed = next(speed for speed in speeds if speed.backbone == chosen[0].value)
     offer = published(speed.backbone)
     chosen += size_choices(offer.size if offer else settings.model.size, facts)
@@ -97,13 +92,17 @@ def plan_recipe(
     return Planned(_with_choices(settings, ours), ours, facts, speed, rates)
 
 
-def find_backbones(settings: Settings) -> list[str]:
+def find_backbones(settings: Settings, weights: Path | None) -> list[str]:
     """Return the candidates whose weights are on this machine; if none are, the smallest one, after downloading its weights.
 
-    A backbone that the user has set is the only candidate. Raise the error of `find_weights` if there are no weights.
+    A backbone that the user has set is the only candidate. Raise a SettingsError for a `weights` channel without a backbone, and
+    the error of `find_weights` if there are no weights.
     """
     if _is_set(settings, "model.backbone"):
+        build.check_weights(_candidate(settings, settings.model.backbone), weights)
         return [settings.model.backbone]
+    if weights is not None or settings.model.weights:
+        raise SettingsError("weights are given, but not their network: set model.backbone=FAMILY/NAME too")
     found, errors = [], []
     for backbone in CANDIDATES:
         try:
@@ -129,12 +128,31 @@ def _with_choices(settings: Settings, choices: Sequence[Choice]) -> Settings:
     return Settings.model_validate(tree)
 
 
-def _train_size(settings: Settings, first: Settings) -> int:
-    return settings.augment.image_size or training_size(min(first.model.size))
+def _candidate(settings: Settings, backbone: str) -> Settings:
+    """Return the settings of a candidate: image sizes, and a batch of the usual size unless one is set."""
+    pretrained = settings.model.pretrained if _is_set(settings, "model.pretrained") else "auto"
+    resolved = build.resolve_inputs(_with(settings, {"model": {"backbone": backbone, "pretrained": pretrained}}))
+    side = settings.augment.image_size or training_size(min(resolved.model.size))
+    batch = settings.train.batch_size if _is_set(settings, "train.batch_size") else BATCH_SIZE
+    return _with(resolved, {"augment": {"image_size": side}, "train": {"batch_size": batch}})
 
 
-def _batch(settings: Settings) -> int:
-    return settings.train.batch_size if _is_set(settings, "train.batch_size") else BATCH_SIZE
+def fitting_batch(settings: Settings, classes: int) -> int:
+    """Return the batch size of the settings, or the first half, quarter and so on of it that fits the memory.
+
+    Raise a SettingsError if not even one image fits.
+    """
+    network, batch = build.build_classifier(settings.model, classes), settings.train.batch_size
+    while True:
+        tried = _with(settings, {"train": {"batch_size": batch}})
+        try:
+            build.check_memory(network, tried, build.make_training_runtime(tried))
+        except SettingsError:
+            if batch == 1:
+                raise
+            batch //= 2
+        else:
+            return batch
 
 
 def _is_set(settings: Settings, key: str) -> bool:
@@ -153,15 +171,8 @@ def write_plan(folder: Path, planned: Planned) -> list[Path]:
     recipe, measurements = folder / RECIPE, folder / MEASUREMENTS
     with atomic(recipe) as temporary:
         temporary.write_text(to_toml(planned), encoding="utf-8")
-    tree = {name: asdict(getattr(planned, name)) for name in ("facts", "speed", "rates")}
-    write_json(measurements, tree)
+    write_measurements(measurements, planned.facts, planned.speed, planned.rates)
     return [recipe, measurements]
-
-
-def read_measurements(folder: Path) -> tuple[DataFacts, Speed, Rates]:
-    """Return the facts, speed and rates that `write_plan` wrote."""
-    tree = read_json(folder / MEASUREMENTS)
-    return DataFacts(**tree["facts"]), Speed(**tree["speed"]), Rates(**tree["rates"])
 
 
 def to_toml(planned: Planned) -> str:

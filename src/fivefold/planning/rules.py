@@ -98,8 +98,12 @@ def forecast_backbones(speeds: Sequence[Speed], facts: DataFacts, rates: Rates) 
     ]
 
 
-def choose(speeds: Sequence[Speed], facts: DataFacts, rates: Rates, limit: float, words: str) -> list[Choice]:
-    """Return the choices for the measured backbones, in the order of CANDIDATES. `words`: how the user set the `limit` of seconds.
+def choose(
+    speeds: Sequence[Speed], facts: DataFacts, rates: Rates, limit: float, words: str, batch: int = BATCH_SIZE
+) -> list[Choice]:
+    """Return the choices for the measured backbones, in the order of CANDIDATES.
+
+    `words`: how the user set the `limit` of seconds. `batch`: the number of images of a step that fits the memory.
 
     Raise a SettingsError with the least time that would do if not even linear probes fit.
     """
@@ -127,7 +131,7 @@ def choose(speeds: Sequence[Speed], facts: DataFacts, rates: Rates, limit: float
         short = f"{given} allows {fits:.1f} epochs of fine-tuning; the least that helps is {MIN_EPOCHS:g}"
         least = best.others + MIN_EPOCHS * best.epoch
         return [*choices, *_linear(f"{short}, with time={math.ceil(least / 60)}m")]
-    return [*choices, *_fine_tuning(facts, fits, given)]
+    return [*choices, *_fine_tuning(facts, fits, given, batch)]
 
 
 def _backbone_reason(best: Forecast, forecasts: Sequence[Forecast], given: str, fits: float) -> str:
@@ -150,7 +154,7 @@ def _linear(reason: str) -> list[Choice]:
     ]
 
 
-def _fine_tuning(facts: DataFacts, fits: float, given: str) -> list[Choice]:
+def _fine_tuning(facts: DataFacts, fits: float, given: str, batch: int) -> list[Choice]:
     epochs = count_epochs(facts.train_rows)
     steps = f"about {round(epochs * facts.train_rows / BATCH_SIZE)} steps"
     enough = f"{given} allows them" if fits >= epochs else f"{given} allows {fits:.1f}, and ends the folds in time"
@@ -167,13 +171,17 @@ def _fine_tuning(facts: DataFacts, fits: float, given: str) -> list[Choice]:
         ),
         Choice("train.epochs", epochs, f"{steps}; {enough}"),
         Choice("train.validate_every", epochs, "no epoch is chosen by the out-of-fold rows"),
-        Choice("train.batch_size", BATCH_SIZE, "fits the memory; 32 was measured"),
+        Choice("train.batch_size", batch, "it fits the memory, and the rate below was measured with it"),
         Choice("train.lr", 2e-4, "measured: half of it was worse"),
         Choice("train.warmup_epochs", 0.2, "for AdamW's first steps"),
         Choice("train.freeze_norms", True, "measured: batches of 32 spoil the statistics of BatchNorm"),
         Choice("ensemble.blend", "fitted", "linear probes and fine-tuned folds, weighted by out-of-fold logloss"),
         Choice("distill.train", {"method": "linear_probe"}, "a student in seconds, from the cached features"),
     ]
+    if batch < BATCH_SIZE:
+        choices[4] = Choice("train.batch_size", batch, f"{BATCH_SIZE} images do not fit the memory")
+        reason = f"steps of {BATCH_SIZE} images in all, as the rate below was measured"
+        choices.insert(5, Choice("train.grad_accum_steps", BATCH_SIZE // batch, reason))
     if not balanced:
         reason = f"{counts}; weights would spoil the probabilities that logloss scores"
         choices.append(Choice("train.class_weights", "none", reason))

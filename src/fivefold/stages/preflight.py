@@ -72,7 +72,7 @@ def check_stages(settings: Settings, trained: Sequence[str], local: bool, weight
 
     cache_folder(settings)
     if "plan" in trained:
-        find_backbones(settings)
+        find_backbones(settings, Path(weights) if weights else None)
         return
     recipes = [settings.of_stage(stage) for stage in trained]
     for number, recipe in enumerate(recipes):

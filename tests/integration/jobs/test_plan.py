@@ -15,7 +15,9 @@ from fivefold.data.readers.stores import open_store
 from fivefold.errors import MissingInputError, SettingsError
 from fivefold.planning import recipe
 from fivefold.planning.facts import read_facts
-from fivefold.planning.recipe import find_backbones, read_measurements
+from fivefold.planning.forecast import MEASUREMENTS, read_measurements
+from fivefold.planning.recipe import find_backbones, fitting_batch
+from fivefold.training import memory
 from jobs import status, submit
 from toy_data import MODEL, call_jobs, draw_toy_images, run_stage
 
@@ -35,9 +37,9 @@ def test_the_recipe_keeps_what_was_set_and_gives_a_reason_for_the_rest(toy_run: 
     before = {line.split(" = ")[0]: lines[number - 1] for number, line in enumerate(lines) if " = " in line}
     assert before["method"].startswith("# a fold has")
     assert not before["lr"].startswith("# ")
-    facts, speed, rates = read_measurements(tmp_path / "output")
+    facts, speed, rates = read_measurements(tmp_path / "output" / MEASUREMENTS)
     assert (facts.rows, facts.folds, facts.classes, facts.shorter_side) == (81, 3, 3, 12)
-    assert min(speed.train, speed.predict, speed.memory, speed.start_seconds, rates.at_once) > 0
+    assert min(speed.train, speed.predict, speed.frozen, speed.memory, speed.start_seconds, rates.at_once) > 0
     record = (tmp_path / "output" / "stage.json").read_bytes()
     assert run_stage(toy_run, "plan", tmp_path, *OURS) == 0
     assert (tmp_path / "output" / "stage.json").read_bytes() == record  # nothing to do
@@ -67,8 +69,31 @@ def test_a_plan_for_another_machine_is_rejected(toy_run: Path, tmp_path: Path) -
 def test_no_weights_on_this_machine_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recipe, "CANDIDATES", {"timm/vgg11": 69.0})
     with pytest.raises(MissingInputError, match="timm/vgg11"):
-        find_backbones(load([arguments_layer(["offline=true"])]))
-    assert find_backbones(load([arguments_layer(["model.backbone=timm/resnet18"])])) == ["timm/resnet18"]
+        find_backbones(load([arguments_layer(["offline=true"])]), None)
+    assert find_backbones(load([arguments_layer(["model.backbone=timm/resnet18"])]), None) == ["timm/resnet18"]
+
+
+def test_weights_without_their_network_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"model\.backbone"):
+        find_backbones(load([arguments_layer([])]), tmp_path)
+    with pytest.raises(SettingsError, match=r"model\.backbone"):
+        find_backbones(load([arguments_layer(["model.weights=some.pth"])]), None)
+
+
+def test_the_batch_is_halved_until_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = load([arguments_layer([*OURS, "train.batch_size=64"])])
+    assert fitting_batch(settings, 3) == 64
+    sizes = []
+
+    def free(_device: object, _sharers: int) -> int:
+        sizes.append(1)
+        return 0 if len(sizes) < 4 else 1 << 40
+
+    monkeypatch.setattr(memory, "available_bytes", free)
+    assert fitting_batch(settings, 3) == 8
+    sizes.clear()
+    with pytest.raises(SettingsError):
+        fitting_batch(load([arguments_layer([*OURS, "train.batch_size=2"])]), 3)
 
 
 def test_facts_of_grey_and_colour_images(tmp_path: Path) -> None:

@@ -60,3 +60,24 @@ def test_hashed_settings_leave_out_keys_that_cannot_change_the_result():
     assert {"fold", "seed", "train.epochs", "model.backbone"} <= set(keys)
     data = {"data.resize_shorter_side", "data.jpeg_draft", "data.max_megapixels"}
     assert {key for key in keys if key.startswith(("split.", "distill.", "data."))} == data
+
+
+@pytest.mark.parametrize(
+    ("values", "seconds", "words"),
+    [
+        ({}, math.inf, ""),
+        ({"time": "90s"}, 90, "time=90s"),
+        ({"budget": 3.0, "hourly_price": 1.2}, 9000, "budget=3"),
+        ({"time": "1h", "budget": 3.0, "hourly_price": 1.2}, 3600, "time=1h budget=3"),
+        ({"time": "3h", "budget": 3.0, "hourly_price": 1.2}, 9000, "time=3h budget=3"),
+    ],
+)
+def test_time_and_budget_limit_a_run(values, seconds, words):
+    settings = Settings.model_validate(values)
+    assert settings.time_limit == pytest.approx(seconds)
+    assert settings.limit_words == words
+
+
+def test_a_budget_needs_a_price():
+    with pytest.raises(ValidationError, match="hourly_price"):
+        Settings.model_validate({"budget": 3.0})

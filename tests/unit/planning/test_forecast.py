@@ -11,7 +11,7 @@ from fivefold.planning.forecast import Rates, describe, fold_seconds, forecast_s
 from fivefold.planning.probe import Speed
 
 FACTS = DataFacts(1000, 5, 10, 100, 100, 0, 100, 200, 0.0, 200_000, 0.003)
-SPEED = Speed("timm/tf_efficientnet_lite0", 45.0, 60.0, 1280, 1e-8, 2e9, 2e7, 4.0)
+SPEED = Speed("timm/tf_efficientnet_lite0", 45.0, 50.0, 90.0, 1280, 1e-8, 2e9, 2e7, 4.0)
 
 
 def step(name: str, *needs: str) -> Step:

@@ -22,8 +22,8 @@ from fivefold.planning.rules import (
 
 FACTS = DataFacts(3409, 5, 10, 100, 800, 500, 372, 200, 0.0, 200_000, 0.003)
 RATES = Rates(parallel=2, workers=2)
-FAST = Speed("timm/tf_efficientnet_lite0", 45.0, 60.0, 1280, 1e-8, 2e9, 2e7, 4.0)
-SLOW = replace(FAST, backbone="timm/tf_efficientnet_lite2", train=20.0, predict=25.0)
+FAST = Speed("timm/tf_efficientnet_lite0", 45.0, 50.0, 90.0, 1280, 1e-8, 2e9, 2e7, 4.0)
+SLOW = replace(FAST, backbone="timm/tf_efficientnet_lite2", train=20.0, predict=25.0, frozen=45.0)
 
 
 def values(speeds: list[Speed], facts: DataFacts = FACTS, limit: float = math.inf) -> dict[str, object]:
@@ -80,6 +80,11 @@ def test_without_a_limit_a_slow_machine_gets_linear_probes() -> None:
 @pytest.mark.parametrize(("size", "expected"), [(224, 160), (240, 160), (260, 192), (288, 192), (32, 32)])
 def test_training_sizes_are_multiples_of_32(size: int, expected: int) -> None:
     assert training_size(size) == expected
+
+
+def test_a_smaller_batch_keeps_the_images_of_a_step() -> None:
+    chosen = {choice.key: choice.value for choice in choose([FAST], FACTS, RATES, math.inf, "", batch=8)}
+    assert chosen["train.batch_size"] * chosen["train.grad_accum_steps"] == BATCH_SIZE
 
 
 def test_every_choice_has_a_reason() -> None:
