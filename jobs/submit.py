@@ -207,7 +207,8 @@ def preview(planning: Plan, inputs: Inputs, overrides: Sequence[str], keys: Keys
     with tempfile.TemporaryDirectory() as folder:
         recipe, _ = write_plan(Path(folder), planned)
         plan = make_plan(inputs, overrides, planning.run, keys.runs, str(recipe), keys.seeds, local=True)
-        _, text, _ = forecast(select(plan, keys.stages, keys.folds), Path(folder))
+        steps = [replace(step, needs=(*step.needs, "plan")) for step in select(plan, keys.stages, keys.folds).steps]
+        _, text, _ = forecast(replace(plan, steps=(*planning.steps, *steps[1:])), Path(folder))
     return f"{to_toml(planned)}\n" + "".join(f"# {line}\n" for line in text.splitlines())
 
 
@@ -220,7 +221,10 @@ def forecast(plan: Plan, folder: Path) -> tuple[Plan, str, int]:
 
     facts, speed, rates = read_measurements(folder / MEASUREMENTS)
     used = RunClock(plan).used
-    steps = forecast_steps(plan.steps, plan.settings, facts, speed, rates, plan.settings.time_limit - used)
+    left = without(plan, [step.name for step in plan.steps if read_step_record(step) is not None]).steps
+    if not left:
+        return plan, "forecast: all steps have ended", rates.parallel
+    steps = forecast_steps(left, plan.settings, facts, speed, rates, plan.settings.time_limit - used)
     plan = replace(plan, expected={step.name: step.end - step.start for step in steps})
     return plan, describe(steps, plan.settings.hourly_price, used), rates.parallel
 

@@ -15,7 +15,7 @@ from fivefold.config.schema import Settings
 from fivefold.contract.files import read_json, write_json
 from fivefold.launchers.plan import Step
 from fivefold.planning.facts import DataFacts
-from fivefold.planning.probe import Speed
+from fivefold.planning.probe import BUDGET_S, Speed
 from fivefold.progress import MIB, format_duration
 
 MEASUREMENTS = "measurements.json"
@@ -203,6 +203,8 @@ def _seconds(step: Step, settings: Settings, facts: DataFacts, speed: Speed, rat
     constant = TRAIN_STARTS * start
     if step.stage == "split":
         return SPLIT_STARTS * start + facts.decode_seconds * (facts.rows + facts.eval_images) / rates.workers
+    if step.stage == "plan":
+        return constant + BUDGET_S
     if step.stage in ("ensemble", "evaluate"):
         if step.stage == "evaluate" or step.name == "ensemble-student":
             passes = 0 if step.stage == "evaluate" else 1
@@ -220,7 +222,7 @@ def _is_linear(step: Step, settings: Settings) -> bool:
 
 def _memory(step: Step, settings: Settings, facts: DataFacts, speed: Speed) -> float:
     """Return the peak bytes of a step's process: a share of the measured one's, and the images and features that it maps or keeps."""
-    if step.stage in ("split", "evaluate"):
+    if step.stage in ("split", "plan", "evaluate"):
         return SMALL_PROCESS
     features = 4 * facts.rows * speed.features
     images = facts.image_bytes * facts.rows
@@ -234,7 +236,7 @@ def _memory(step: Step, settings: Settings, facts: DataFacts, speed: Speed) -> f
 
 def _disk(step: Step, facts: DataFacts, speed: Speed, rates: Rates) -> float:
     """Return the bytes that a step writes, with its checkpoints, and with the caches that it is the first to write."""
-    if step.stage in ("split", "evaluate", "ensemble"):
+    if step.stage in ("split", "plan", "evaluate", "ensemble"):
         return 2**20
     caches = facts.rows * (facts.image_bytes + 4 * rates.views * speed.features)
     if step.stage == "train-fold" and step.timed:

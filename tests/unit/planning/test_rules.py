@@ -14,6 +14,7 @@ from fivefold.planning.rules import (
     FEW_ROWS,
     HEAD_EPOCHS,
     MIN_EPOCHS,
+    PLANNING_S,
     STEPS,
     choose,
     count_epochs,
@@ -32,7 +33,7 @@ def values(speeds: list[Speed], facts: DataFacts = FACTS, limit: float = math.in
 
 def time_for(speed: Speed, epochs: float, facts: DataFacts = FACTS) -> float:
     """Return the seconds of a run with so many epochs, by the parts of the forecast."""
-    return other_seconds(speed, facts, RATES) + fine_tuning_seconds(speed, facts, RATES, epochs)
+    return PLANNING_S + other_seconds(speed, facts, RATES) + fine_tuning_seconds(speed, facts, RATES, epochs)
 
 
 def test_the_most_accurate_backbone_whose_epochs_fit_is_chosen() -> None:
@@ -66,9 +67,9 @@ def test_few_rows_are_not_fine_tuned(rows: int, method: str) -> None:
 
 def test_too_little_time_for_linear_probes_names_the_least_that_would_do() -> None:
     needed = linear_seconds(FAST, FACTS, RATES)
-    with pytest.raises(SettingsError, match=rf"time={math.ceil(1.2 * needed)}s"):
+    with pytest.raises(SettingsError, match=rf"time={math.ceil(1.2 * needed + PLANNING_S)}s"):
         values([FAST], limit=needed / 2)
-    assert values([FAST], limit=1.2 * needed)["train.method"] == "linear_probe"
+    assert values([FAST], limit=1.2 * needed + PLANNING_S)["train.method"] == "linear_probe"
 
 
 def test_without_a_limit_a_slow_machine_gets_linear_probes() -> None:
