@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, Field, NonNegativeInt, Positive
 from fivefold.config.loading import arguments_layer, flatten
 from fivefold.config.schema import SECTIONS, Settings
 from fivefold.contract.files import check_writable
+from fivefold.contract.s3.urls import is_url
 from fivefold.errors import SettingsError
 from fivefold.launchers import local
 from fivefold.launchers.kubernetes import launch as kubernetes
@@ -196,6 +197,10 @@ def preview(planning: Plan, inputs: Inputs, overrides: Sequence[str], keys: Keys
     from jobs.split import labelled_rows
 
     settings, data = planning.settings, planning.settings.data
+    if urls := [f"{name}={path}" for name, path in inputs.paths() if is_url(path)]:
+        raise SettingsError(
+            f"--dry-run plans from files of this machine, but {urls[0]} is a URL; give a recipe=, or a local copy"
+        )
     store = open_store(Path(inputs.train), data.max_unpacked_gib)
     rows, folds = labelled_rows(store, settings), 1 if settings.split.ratios else settings.split.folds
     tested = len(read_eval(open_store(Path(inputs.eval)), data.id_column, data.path_column)) if inputs.eval else 0

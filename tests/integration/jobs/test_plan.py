@@ -66,6 +66,11 @@ def test_a_plan_for_another_machine_is_rejected(toy_run: Path, tmp_path: Path) -
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_preview_of_images_in_s3_is_rejected() -> None:
+    with pytest.raises(SettingsError, match="s3://bucket/photos"):
+        submit.main(["train=s3://bucket/photos", "recipe=auto", "--dry-run"])
+
+
 def test_no_weights_on_this_machine_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recipe, "CANDIDATES", {"timm/vgg11": 69.0})
     with pytest.raises(MissingInputError, match="timm/vgg11"):
