@@ -25,7 +25,7 @@ RECIPE = "recipe.toml"
 VIEWS = ("plain", "flip")
 BATCH_SIZE = 32
 STEPS, FEWEST_EPOCHS, MOST_EPOCHS = 340, 4, 12
-"""Steps of a fold, which set the number of epochs, and the bounds of that number; measured with 860 and 2,660 training rows."""
+"""Steps of a fold, which set the number of epochs, and the bounds of that number; measured with 750 and 2,660 training rows."""
 HEAD_EPOCHS = 3.0
 """With fewer epochs, training starts from the linear head; with more, a random head was better."""
 FEW_ROWS = 600
