@@ -10,7 +10,7 @@ from tomlkit.items import Table
 
 from fivefold import build
 from fivefold.config.recipes import default_system
-from fivefold.config.schema import PLATFORM_SECTIONS, Settings
+from fivefold.config.schema import EXECUTION_KEYS, PLATFORM_SECTIONS, Settings
 from fivefold.contract.files import atomic
 from fivefold.distributed.process_group import SINGLE_PROCESS
 from fivefold.errors import MissingInputError, SettingsError
@@ -176,7 +176,10 @@ def write_plan(folder: Path, planned: Planned) -> list[Path]:
 
 
 def to_toml(planned: Planned) -> str:
-    """Return the recipe as TOML: all settings that were set or chosen, each choice below its reason."""
+    """Return the recipe as TOML: all settings that were set or chosen, each choice below its reason.
+
+    Settings that cannot change a result, such as the folder of caches, are those of a machine, so the recipe has none of them.
+    """
     reasons = {choice.key: choice.reason for choice in planned.choices}
     facts = planned.facts
     document = tomlkit.document()
@@ -196,7 +199,7 @@ def to_toml(planned: Planned) -> str:
             continue
         table = sections[name] = tomlkit.table()
         for key, item in value.items():
-            if item is None:
+            if item is None or (f"{name}.{key}" in EXECUTION_KEYS and f"{name}.{key}" not in reasons):
                 continue
             if reason := reasons.get(f"{name}.{key}"):
                 table.add(tomlkit.comment(reason))

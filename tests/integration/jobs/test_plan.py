@@ -26,12 +26,13 @@ OURS = [*MODEL, "model.pretrained=false", "augment.image_size=10", "train.lr=0.0
 
 
 def test_the_recipe_keeps_what_was_set_and_gives_a_reason_for_the_rest(toy_run: Path, tmp_path: Path) -> None:
-    assert run_stage(toy_run, "plan", tmp_path, *OURS) == 0
+    assert run_stage(toy_run, "plan", tmp_path, *OURS, f"data.cache={tmp_path / 'caches'}") == 0
     written = tmp_path / "output" / "recipe.toml"
     settings = load([arguments_layer([f"recipe={written}"])])
     assert (settings.system, settings.model.backbone, settings.train.lr) == ("planned", "fivefold/small_net", 0.003)
     assert settings.model.backbone_kwargs == {"widths": [8, 16], "stem": 8}
     assert settings.model.pretrained is False
+    assert settings.data.cache == "auto"
     assert (settings.train.method, settings.data.resize_shorter_side) == ("linear_probe", 256)  # few rows
     lines = written.read_text("utf-8").splitlines()
     before = {line.split(" = ")[0]: lines[number - 1] for number, line in enumerate(lines) if " = " in line}
