@@ -27,7 +27,7 @@ FOR_ALL := $(VENV)/.set-up-all-$(call content,requirements.txt requirements-dev.
 .PHONY: help demo demo-photos systems bench test test-slow test-docker test-lowest image manifests docs check lock audit clean
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(FOR_RUNS) ## split, train, ensemble, evaluate and distil on scikit-learn digits; DEMO_ARGS="train.epochs=3"
 	@$(BIN)/python -m jobs demo $(DEMO_ARGS)

@@ -29,7 +29,7 @@ from fivefold.launchers.plan import (
 from fivefold.launchers.run_clock import RunClock
 from fivefold.launchers.sagemaker import launch as sagemaker
 from fivefold.launchers.sagemaker import local_mode
-from fivefold.launchers.status import read_step_record, write_plan
+from fivefold.launchers.status import read_status, read_step_record, write_plan
 from fivefold.log import log
 from fivefold.lookup import choose, did_you_mean
 from fivefold.planning.rules import DATA_CHOICES, RECIPE
@@ -45,7 +45,7 @@ class Keys(BaseModel):
     """The keys that submit itself uses; all other keys on its command line are settings."""
 
     platform: str = Field("local", description="where the stages run")
-    recipe: str = Field("", description="shipped recipe, or a .toml or .json file; auto: planned for this machine")
+    recipe: str = Field("", description="shipped recipe, or a .toml or .json file; auto (default here): a planned one")
     train: str = Field("", description="training images: a folder or a .zip (required)")
     eval: str = Field("", description="test images with test.csv and sample_submission.csv: a folder or a .zip")
     ground_truth: str = Field("", description="true classes of eval; empty: gt.csv or ground_truth.csv beside test.csv")
@@ -94,12 +94,13 @@ def main(arguments: Sequence[str]) -> int:
     planning, parallel = None, 0
     if recipe == AUTO:
         planning = make_planning(inputs, planning_overrides(overrides, here), run, keys.runs)
-        if keys.stages and {*keys.stages} <= {step.name for step in planning.steps}:
-            return plan_recipe(select(planning, keys.stages), inputs, keys.check)
+        nothing_else = bool(keys.stages) and {*keys.stages} <= {step.name for step in planning.steps}
+        chosen = select(planning, keys.stages) if nothing_else else planning
         if "--dry-run" in arguments:
-            print(preview(planning, inputs, overrides, keys))
+            print(local.describe(chosen) if nothing_else else preview(planning, inputs, overrides, keys))
             return 0
-        if code := plan_recipe(planning, inputs, keys.check):
+        code = run_planning(chosen, inputs, keys.check)
+        if code or nothing_else:
             return code
         recipe = str(planning.step("plan").folder / "output" / RECIPE)
     everything = make_plan(inputs, overrides, run, keys.runs, recipe, keys.seeds, here)
@@ -173,14 +174,17 @@ def planning_overrides(overrides: Sequence[str], here: bool) -> list[str]:
     return [*(f"{choice.key}={choice.value}" for choice in DATA_CHOICES), *overrides]
 
 
-def plan_recipe(planning: Plan, inputs: Inputs, check: bool) -> int:
-    """Split and plan; return the exit code of the first failed step. Raise a SettingsError if the time ends before."""
+def run_planning(planning: Plan, inputs: Inputs, check: bool) -> int:
+    """Run split and plan; return the exit code of the first failed step. Raise a SettingsError if the time ends before."""
     if check:
         check_plan(planning, inputs, local=True)
     check_writable(planning.folder)
     write_plan(planning)
     code = local.launch(planning, 1)
-    if code == 0 and any(read_step_record(step) is None for step in planning.steps):
+    unfinished = [step for step in planning.steps if read_step_record(step) is None]
+    if any(read_status(step).exit_code == SettingsError.exit_code for step in unfinished):
+        return SettingsError.exit_code  # the step's message names the least time that would do
+    if code == 0 and unfinished:
         raise SettingsError(
             f"{planning.settings.limit_words} is too short to read the images and to measure this machine; set a longer "
             f"time= with run={planning.run} to go on"

@@ -186,9 +186,7 @@ def build_trainer(
     loss = _build_loss(settings, train)
     if network.meta is not None:
         network.meta.fit(torch.from_numpy(train.images.compute_image_stats()))
-    group = runtime.process_group
-    synchronised = network if group.is_single else convert_sync_batchnorm(network, runtime.device)
-    model = runtime.to_device(optimize_for_cpu(synchronised, runtime, chosen.cpu_convs))
+    model = _place(network, runtime, chosen.cpu_convs)
     shares = lr_scales(network.backbone, chosen.backbone_lr_scale, chosen.layer_decay)
     optimizer = build_optimizer(chosen.optimizer, model, chosen.lr, chosen.weight_decay, chosen.momentum, shares)
     steps = -(-count_batches(len(train.images), chosen.batch_size, chosen.drop_last) // chosen.grad_accum_steps)
@@ -226,6 +224,13 @@ def build_trainer(
         limit=limit,
         components=parts | {RUNTIME: PrecisionState(runtime), "limit": limit},
     )
+
+
+def _place(network: Classifier, runtime: Runtime, cpu_convs: bool) -> nn.Module:
+    """Return the network on the runtime's device, with the convolutions and the BatchNorm that the training needs there."""
+    single = runtime.process_group.is_single
+    synchronised = network if single else convert_sync_batchnorm(network, runtime.device)
+    return runtime.to_device(optimize_for_cpu(synchronised, runtime, cpu_convs))
 
 
 def _build_schedule(settings: Settings, optimizer: torch.optim.Optimizer, steps: int, limit: TimeLimit) -> Schedule:

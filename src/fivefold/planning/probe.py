@@ -6,7 +6,7 @@ data set, and prints a list of `Speed`. All candidates together take at most BUD
 
 import json
 import logging
-import math
+import os
 import statistics
 import subprocess
 import sys
@@ -21,6 +21,7 @@ import numpy as np
 
 from fivefold.config.schema import Settings
 from fivefold.errors import RetryableError
+from fivefold.system import die_with_parent
 
 MODULE = "fivefold.planning.probe"
 BUDGET_S = 20.0
@@ -64,11 +65,12 @@ def measure(
 ) -> list[Speed]:
     """Return the speed of each backbone that BUDGET_S reached, the mean over the processes; at least that of the first.
 
-    `backbones` have the side of their training images in pixels. `train`: the folder or archive that `paths` are in. `environ`: the variables of the processes, which set their threads.
+    `backbones` have the side of their training images in pixels. `train`: the folder or archive that `paths` are in. `environ`: the
+    variables of the processes, which set their threads.
     Raise a RetryableError if a process fails.
     """
     tree = settings.model_dump(mode="json", exclude_unset=True)
-    request = json.dumps([tree, str(train), list(paths), dict(backbones), time.time() + BUDGET_S])
+    request = json.dumps([tree, str(train), list(paths), dict(backbones), time.time() + BUDGET_S, os.getpid()])
     with tempfile.TemporaryFile("w+") as errors:
         command = [sys.executable, "-m", MODULE]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors, "text": True}
@@ -187,9 +189,10 @@ def _time_gradient(features: int, rows: int = 1000, classes: int = 10) -> float:
 
 def main() -> int:
     """Measure the request on stdin and print the speeds as JSON."""
-    tree, train, paths, backbones, deadline = json.load(sys.stdin)
+    tree, train, paths, backbones, deadline, parent = json.load(sys.stdin)
+    die_with_parent(str(parent))
     logging.disable(logging.INFO)
-    speeds = measure_here(Settings.model_validate(tree), Path(train), paths, backbones, deadline or math.inf)
+    speeds = measure_here(Settings.model_validate(tree), Path(train), paths, backbones, deadline)
     print(json.dumps([asdict(speed) for speed in speeds]))
     return 0
 

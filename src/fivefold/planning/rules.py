@@ -47,6 +47,7 @@ SIZE_STEP = 32
 SMALL_IMAGE = 64
 """Images with a shorter side up to this get a hint on the recipe `small_images`."""
 IMBALANCE = 10
+"""From this ratio of the largest to the smallest class on, the recipe says why classes are not weighted."""
 ERROR = 0.2
 """Relative error of a forecast."""
 
@@ -174,21 +175,27 @@ def _fine_tuning(facts: DataFacts, fits: float, given: str, batch: int) -> list[
         ),
         Choice("train.epochs", epochs, f"{steps}; {enough}"),
         Choice("train.validate_every", epochs, "no epoch is chosen by the out-of-fold rows"),
-        Choice("train.batch_size", batch, "it fits the memory, and the rate below was measured with it"),
+        *_batch(batch),
         Choice("train.lr", 2e-4, "measured: half of it was worse"),
         Choice("train.warmup_epochs", 0.2, "for AdamW's first steps"),
         Choice("train.freeze_norms", True, "measured: batches of 32 spoil the statistics of BatchNorm"),
         Choice("ensemble.blend", "fitted", "linear probes and fine-tuned folds, weighted by out-of-fold logloss"),
         Choice("distill.train", {"method": "linear_probe"}, "a student in seconds, from the cached features"),
     ]
-    if batch < BATCH_SIZE:
-        choices[4] = Choice("train.batch_size", batch, f"{BATCH_SIZE} images do not fit the memory")
-        reason = f"steps of {BATCH_SIZE} images in all, as the rate below was measured"
-        choices.insert(5, Choice("train.grad_accum_steps", BATCH_SIZE // batch, reason))
     if not balanced:
         reason = f"{counts}; weights would spoil the probabilities that logloss scores"
         choices.append(Choice("train.class_weights", "none", reason))
     return choices
+
+
+def _batch(batch: int) -> list[Choice]:
+    if batch >= BATCH_SIZE:
+        return [Choice("train.batch_size", batch, "it fits the memory, and the rate below was measured with it")]
+    reason = f"steps of {BATCH_SIZE} images in all, as the rate below was measured"
+    return [
+        Choice("train.batch_size", batch, f"{BATCH_SIZE} images do not fit the memory"),
+        Choice("train.grad_accum_steps", BATCH_SIZE // batch, reason),
+    ]
 
 
 def size_choices(size: Sequence[int], facts: DataFacts) -> list[Choice]:

@@ -67,6 +67,16 @@ def test_a_plan_for_another_machine_is_rejected(toy_run: Path, tmp_path: Path) -
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_dry_run_of_split_and_plan_prints_them_and_runs_nothing(
+    toy_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [f"train={toy_run / 'train'}", f"runs={tmp_path / 'runs'}", "recipe=auto", "stages=split,plan"]
+    assert submit.main([*arguments, "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert [f" {stage} " in printed for stage in ("split", "plan", "train-fold")] == [True, True, False]
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_preview_of_images_in_s3_is_rejected() -> None:
     with pytest.raises(SettingsError, match="s3://bucket/photos"):
         submit.main(["train=s3://bucket/photos", "recipe=auto", "--dry-run"])

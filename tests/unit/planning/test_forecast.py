@@ -5,9 +5,19 @@ from pathlib import Path
 
 import pytest
 
-from fivefold.launchers.plan import Inputs, Step, make_plan
+from fivefold.launchers.plan import Inputs, Step, make_plan, without
 from fivefold.planning.facts import DataFacts
-from fivefold.planning.forecast import Rates, describe, fold_seconds, forecast_steps, peak_memory, rounds, simulate
+from fivefold.planning.forecast import (
+    Rates,
+    describe,
+    fine_tuning_seconds,
+    fold_seconds,
+    forecast_steps,
+    other_seconds,
+    peak_memory,
+    rounds,
+    simulate,
+)
 from fivefold.planning.probe import Speed
 
 FACTS = DataFacts(1000, 5, 10, 100, 100, 0, 100, 200, 0.0, 200_000, 0.003)
@@ -60,6 +70,16 @@ def test_a_limit_shortens_the_folds_alone() -> None:
     assert free["fold-0"].end - free["fold-0"].start == pytest.approx(
         fold_seconds(SPEED, FACTS, rates, run.settings.train.epochs)
     )
+
+
+@pytest.mark.parametrize("rates", [Rates(1, 1), Rates(2, 2), Rates(3, 2)])
+def test_the_sums_of_the_rules_agree_with_the_steps(rates: Rates) -> None:
+    run = plan()
+    left = without(run, ["split"]).steps
+    steps = forecast_steps(left, run.settings, FACTS, SPEED, rates)
+    ends = max(each.end for each in steps)
+    epochs = fine_tuning_seconds(SPEED, FACTS, rates, run.settings.train.epochs)
+    assert other_seconds(SPEED, FACTS, rates) + epochs == pytest.approx(ends, rel=0.15)
 
 
 def test_memory_counts_the_steps_that_run_together() -> None:
