@@ -195,6 +195,10 @@ def init_process_group(rank: Rank) -> Iterator[ProcessGroup]:
 
 def _rendezvous(rank: Rank) -> None:
     """Wait for all processes, in a thread, so that a signal can stop a waiting process."""
+    # if a library imports this later, its default arguments keep the group and its threads until the interpreter's end,
+    # where they can crash
+    import torch.distributed.nn
+
     failed: list[Exception] = []
 
     def join() -> None:

@@ -84,6 +84,11 @@ def test_stopping_one_rank_stops_all_and_they_resume_to_the_same_bits(rank_resul
     torch.testing.assert_close(resumed["states"], uninterrupted["states"], rtol=0, atol=0)
 
 
+def test_no_thread_of_the_group_outlives_it(rank_results):
+    """Such a thread can crash the interpreter's end, after the results are complete."""
+    assert not [name for result in rank_results for name in result["threads"] if "gloo" in name]
+
+
 @pytest.mark.parametrize("count", COUNTS)
 def test_every_row_is_predicted_once_and_all_ranks_get_the_result(count, rank_results, image_folder):
     single = predict_rows(image_folder, count)
