@@ -18,7 +18,6 @@ from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import NoReturn
 
 from fivefold.config import loading as settings_
 from fivefold.config.recipes import shipped_recipes
@@ -35,7 +34,7 @@ from fivefold.log import log
 from fivefold.lookup import choose
 from fivefold.signals import defer_signals, raise_if_stopped
 from fivefold.stages import rank_control
-from fivefold.system import die_with_parent, end_process, limit_threads
+from fivefold.system import die_with_parent, limit_threads
 
 REFERENCE_STAGES = ("train", "inference", "evaluation")
 """Stages that exist for the command lines of the reference systems."""
@@ -271,13 +270,15 @@ def stage_help(stage: Stage) -> str:
     )
 
 
-def command_line() -> NoReturn:
+def command_line() -> None:
     """Run the console command `fivefold`; if its reader has gone (`| head`), end with the exit code of SIGPIPE."""
     try:
         code = main(sys.argv[1:])
+        sys.stdout.flush()
     except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's flush at exit
         code = 128 + signal.SIGPIPE
-    end_process(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

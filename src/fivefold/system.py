@@ -1,6 +1,5 @@
 """CPU cores, memory and process options of this machine."""
 
-import atexit
 import ctypes
 import math
 import os
@@ -9,7 +8,6 @@ import sys
 import time
 from collections.abc import MutableMapping
 from pathlib import Path
-from typing import NoReturn
 
 PR_SET_PDEATHSIG = 1
 """An option of Linux's prctl(2)."""
@@ -77,20 +75,6 @@ def die_with_parent(parent: str) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(parent):  # the parent ended before the call above
         os.kill(os.getpid(), signal.SIGKILL)
-
-
-def end_process(code: int) -> NoReturn:
-    """Run the registered exit functions, write the output, and end this process with `code`.
-
-    Python's own end also destroys all objects. After torch was used this takes more than a second, and it can crash: the
-    threads of a process group outlive `destroy_process_group`. If the reader of the output has gone, the code is that of SIGPIPE.
-    """
-    try:
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-    except BrokenPipeError:
-        code = 128 + signal.SIGPIPE
-    os._exit(code)
 
 
 def free_memory() -> int:

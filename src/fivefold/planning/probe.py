@@ -21,7 +21,7 @@ import numpy as np
 
 from fivefold.config.schema import Settings
 from fivefold.errors import RetryableError
-from fivefold.system import die_with_parent, end_process
+from fivefold.system import die_with_parent
 
 MODULE = "fivefold.planning.probe"
 BUDGET_S = 20.0
@@ -198,4 +198,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    end_process(main())
+    sys.exit(main())
