@@ -1,8 +1,8 @@
-"""The ensemble stage: every fold model predicts the test images, and the systems are blended."""
+"""The ensemble stage: fit the weights of the systems; every fold model predicts the test images, if there are any."""
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from fivefold.errors import DataError, MissingInputError, SettingsError
 from fivefold.evaluation.metrics import apply_temperature
 from fivefold.inference.blending import apply_blend
 from fivefold.inference.ensemble_spec import EnsembleSpec, check_combinable, group_by_system
-from fivefold.inference.factor_product import build_product, read_factors
+from fivefold.inference.factor_product import FactorProduct, build_product, read_factors
 from fivefold.inference.submission import check_submission, write_submission
 from fivefold.inference.submission_reader import (
     PREFIX,
@@ -51,8 +51,11 @@ MIN_SHARE = 1e-6
 
 
 def main(job: StageContext, settings: Settings) -> StageResult:
-    """Predict the eval channel with all members; return the table, the submission and the description of the ensemble."""
-    options, same = settings.ensemble, ClassAliases(settings.data.class_aliases, settings.data.alias_policy)
+    """Predict the eval channel with all members; return the table, the submission and the description of the ensemble.
+
+    Without an eval channel and submission files, only fit and describe the ensemble.
+    """
+    options = settings.ensemble
     files = submission_files(job, options.submissions)
     files_only = files and job.optional_channel("model") is None
     models = [] if files_only else find_models(job.channel("model"), job.scratch)
@@ -67,22 +70,15 @@ def main(job: StageContext, settings: Settings) -> StageResult:
             "blend it with the product's submission in a second run with another blend"
         )
     product = build_product(groups) if options.blend == "product" else None
-    store, images = select_rows(job, settings, [] if models else list(files.values()))
-    classes = product.factors.classes if product else known_classes(models, images, files)
-    images = with_factor_labels(images, models, classes)
-    check_submission(images, classes, same)
-    submitted = read_files(files, groups, images, classes, same, options)
-    log.info("%s: %d models and %d files", ", ".join([*groups, *submitted]), len(models), len(files))
+    predicted = predict_eval(job, settings, models, files, product)
 
-    system_probs, unreadable = predict_each(job, settings, groups, store, images, options.seed_blend)
-    system_probs |= {name: table.log_probs for name, table in submitted.items()}
     views = settings.predict.tta if "tta" in settings.predict.model_fields_set else None
     systems = [load_system(name, group, views, options.seed_blend) for name, group in groups.items()]
-    systems += [System(name, 1, 1, None, None) for name in submitted]
+    systems += [System(name, 1, 1, None, None) for name in files]
     rule, alone = BlendConfig(options.blend, options.weights, options.seed_blend), []
     if product:
         rule, alone = BlendConfig("mean", within=options.seed_blend, product=product.name), score_systems(systems)
-        system_probs, systems = {product.name: product.combine(system_probs)}, [product.combine_systems(systems)]
+        systems = [product.combine_systems(systems)]
     weights, scores = compute_weights(systems, rule)
     holdout, temperature, holdout_scores = score_holdout(systems, weights, rule, options.calibrate_on)
     scores = alone + scores + holdout_scores
@@ -90,25 +86,87 @@ def main(job: StageContext, settings: Settings) -> StageResult:
         figures = f"accuracy {score['accuracy']:.4f}, logloss {score['logloss']:.4f}"
         log.info("%s: %s (%s rows, n=%d)", score["what"], figures, score["rows"], score["n"])
 
-    blended = apply_blend(rule.between, list(system_probs.values()), weights)
-    log_probs = apply_temperature(blended, temperature)
-    log_probs[unreadable] = blended[unreadable]
-    table = make_table(images, " + ".join(system_probs), classes, log_probs)
-    output = job.output()
-    written = [predictions.write(output / PREDICTIONS, table)]
-    written.append(save_submission(output / options.submission, table, images, same))
-    tables = [make_table(images, name, classes, system_probs[name]) for name in groups if name in system_probs]
-    written += save_submission_per_system(output / PER_SYSTEM_CSV, tables, images, same)
+    output, written, facts = job.output(), [], {}
+    if predicted is not None:
+        written, facts = write_blend(output, predicted, rule.between, weights, temperature, list(groups), settings)
     (output / HOLDOUT).unlink(missing_ok=True)
     if holdout is not None:
         written.append(predictions.write(output / HOLDOUT, holdout))
     shares = tuple((product.weights if product else weights).tolist())
     ensemble = EnsembleSpec(groups, shares, temperature, options.seed_blend, options.blend, files)
-    facts = {"submission": options.submission, "id_column": images.id_column}
-    facts |= {"unreadable": images.ids[unreadable].tolist()} if unreadable else {}
     write_json(output / ENSEMBLE, facts | ensemble.describe(scores))
-    counts = {"models": len(models), "images": len(images), "temperature": temperature}
-    return StageResult([*written, output / ENSEMBLE], counts)
+    images = len(predicted.images) if predicted else 0
+    return StageResult(
+        [*written, output / ENSEMBLE], {"models": len(models), "images": images, "temperature": temperature}
+    )
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """The test images, each system's log-probabilities [N, C] of them by its name, and the rows of unreadable images."""
+
+    images: EvalImages
+    classes: tuple[str, ...]
+    systems: dict[str, np.ndarray]
+    unreadable: list[int]
+
+
+def predict_eval(
+    job: StageContext,
+    settings: Settings,
+    models: list[ModelDir],
+    files: Mapping[str, Path],
+    product: FactorProduct | None,
+) -> Predicted | None:
+    """Predict the test images with all models, and read the submission `files`; None if there are no images and no files."""
+    options, groups, same = settings.ensemble, group_by_system(models), class_aliases(settings)
+    log.info("%s: %d models and %d files", ", ".join([*groups, *files]), len(models), len(files))
+    if not files and job.optional_channel("eval") is None:
+        log.warning("no test images (SM_CHANNEL_EVAL is not set): only weights and temperature are fitted")
+        return None
+    store, images = select_rows(job, settings, [] if models else list(files.values()))
+    classes = product.factors.classes if product else known_classes(models, images, files)
+    images = with_factor_labels(images, models, classes)
+    check_submission(images, classes, same)
+    submitted = read_files(files, groups, images, classes, same, options)
+    systems, unreadable = predict_each(job, settings, groups, store, images, options.seed_blend)
+    systems |= {name: table.log_probs for name, table in submitted.items()}
+    return Predicted(images, classes, {product.name: product.combine(systems)} if product else systems, unreadable)
+
+
+def write_blend(
+    output: Path,
+    predicted: Predicted,
+    blend: str,
+    weights: np.ndarray,
+    temperature: float,
+    models: Sequence[str],
+    settings: Settings,
+) -> tuple[list[Path], dict[str, Any]]:
+    """Write the blended predictions, the submission and one CSV for each system of `models`.
+
+    Return the files, and the facts about them for `ensemble.json`.
+    """
+    images, unreadable, options, same = (
+        predicted.images,
+        predicted.unreadable,
+        settings.ensemble,
+        class_aliases(settings),
+    )
+    blended = apply_blend(blend, list(predicted.systems.values()), weights)
+    log_probs = apply_temperature(blended, temperature)
+    log_probs[unreadable] = blended[unreadable]
+    table = make_table(images, " + ".join(predicted.systems), predicted.classes, log_probs)
+    tables = [make_table(images, n, predicted.classes, probs) for n, probs in predicted.systems.items() if n in models]
+    written = [predictions.write(output / PREDICTIONS, table)]
+    written.append(save_submission(output / options.submission, table, images, same))
+    written += save_submission_per_system(output / PER_SYSTEM_CSV, tables, images, same)
+    facts = {"submission": options.submission, "id_column": images.id_column}
+    return written, facts | ({"unreadable": images.ids[unreadable].tolist()} if unreadable else {})
+
+
+def class_aliases(settings: Settings) -> ClassAliases:
+    return ClassAliases(settings.data.class_aliases, settings.data.alias_policy)
 
 
 def select_rows(job: StageContext, settings: Settings, files: Sequence[Path]) -> tuple[ImageStore | None, EvalImages]:

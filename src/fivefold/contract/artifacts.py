@@ -153,18 +153,23 @@ def check_split(models: Sequence[ModelDir], split: Path) -> None:
 
 
 def find_predictions(folder: Path, scratch: Path) -> dict[str, Path]:
-    """Return predictions.parquet, holdout.parquet and ensemble.json of one folder in a predictions channel, by name.
+    """Return predictions.parquet, holdout.parquet and ensemble.json of one folder in a predictions channel, by name, at least one.
 
     A single submission CSV replaces predictions.parquet; `folder` may itself be such a file.
     Raise a MissingInputError if there is neither, a DataError if there are several.
     """
     if folder.suffix in (".parquet", ".csv"):
         return {PREDICTIONS: folder}
-    for name in (PREDICTIONS, HOLDOUT):
+    for name in (PREDICTIONS, HOLDOUT, ENSEMBLE):
         if paths := _find_with_origin(folder, scratch, name):
             parent = _only(paths, name, folder).parent
             candidates = {other: parent / other for other in (PREDICTIONS, HOLDOUT, ENSEMBLE)}
-            return {other: path for other, path in candidates.items() if path.is_file()}
+            found = {other: path for other, path in candidates.items() if path.is_file()}
+            if name == ENSEMBLE and "submission" in read_json(found[ENSEMBLE]):
+                raise DataError(
+                    f"{parent} has no {PREDICTIONS}, but its {ENSEMBLE} is of test images; run ensemble again"
+                )
+            return found
     submissions = _submissions_below(folder, scratch, ".csv")
     if not submissions:
         raise MissingInputError(f"no {PREDICTIONS}, {HOLDOUT} or submission CSV below {folder}")

@@ -262,13 +262,13 @@ class _Builder:
         return tuple(names)
 
     def _add_scores(self, ensemble: str, evaluate: str, model: str, needs: tuple[str, ...]) -> None:
-        """Add the step that predicts the eval images with the models below `model`, if there is an eval, and its evaluation.
+        """Add the ensemble of the models below `model`, if there are test images or several systems, and its evaluation.
 
         A student has no out-of-fold rows, so it cannot be evaluated without ground truth and holdout.
         """
         inputs, split = self.inputs, self.settings.split
         channels = {"train": inputs.train, "model": model, "predictions": None}
-        if inputs.eval:
+        if inputs.eval or (self.linear_first and ensemble == "ensemble"):
             folder = self.folder / ensemble.removeprefix(f"{LINEAR}-")
             self.add(ensemble, "ensemble", {"model": model, "eval": inputs.eval}, needs, folder=folder)
             channels |= {"predictions": str(folder / "output"), "eval": inputs.eval}

@@ -171,6 +171,16 @@ def test_out_of_fold_rows_of_several_systems_are_blended_as_in_the_ensemble(toy_
     single = next(score["logloss"] for score in alone if score["what"].endswith("of default"))
     assert blended <= single + 1e-6
     assert blended < mean
+    fitted = tmp_path / "fitted"
+    assert run_stage(toy_run, "ensemble", fitted, MODEL=tmp_path / "models", EVAL=None) == 0
+    assert not list((fitted / "output").rglob("*.csv"))
+    assert not (fitted / "output" / "predictions.parquet").exists()
+    for key in ("weights", "temperature", "members", "scores"):
+        assert read_json(fitted / "output" / "ensemble.json")[key] == read_json(blend / "output" / "ensemble.json")[key]
+    arguments = {"MODEL": tmp_path / "models", "PREDICTIONS": fitted / "output"}
+    assert run_stage(toy_run, "evaluate", tmp_path / "unseen", **arguments) == 0
+    figures = read_json(tmp_path / "unseen" / "output" / "metrics.json")
+    assert ("test" in figures, figures["oof"]["logloss"]) == (False, pytest.approx(blended))
 
 
 @pytest.mark.slow

@@ -57,7 +57,11 @@ def test_a_finished_ensemble_is_not_replaced_by_that_of_the_linear_probes(tmp_pa
 
 
 def test_a_finished_report_without_test_images_is_not_replaced(tmp_path):
-    assert "linear-evaluate" in [step.name for step in plan_of(tmp_path, eval_=None).steps]
+    plan = plan_of(tmp_path, eval_=None)
+    names = [step.name for step in plan.steps]
+    assert ("linear-evaluate" in names, "linear-ensemble" in names) == (True, False)
+    assert plan.step("evaluate").needs == ("ensemble",), "the weights of both systems are fitted without test images"
+    assert "SM_CHANNEL_EVAL" not in plan.step("ensemble").environment
     finish(plan_of(tmp_path, eval_=None), 1.0, "evaluate")
     assert "linear-evaluate" not in [step.name for step in plan_of(tmp_path, eval_=None).steps]
 
