@@ -19,6 +19,7 @@ from fivefold.data.readers.stores import ImageStore, open_store
 from fivefold.data.readers.training_rows import LabelledImages, read_rows
 from fivefold.data.split import verify
 from fivefold.data.split.assign import assign_rows, find_duplicates
+from fivefold.data.split.corrections import join_groups, read_decisions
 from fivefold.data.split.fold_table import FoldTable, write_folds
 from fivefold.data.split.summary import FILES, SUMMARY, class_file_content, log_summary, summarise, write_parts
 from fivefold.errors import DataError
@@ -29,29 +30,33 @@ from fivefold.predictions import preview
 
 def main(job: StageContext, settings: Settings) -> StageResult:
     """Split the channel's rows; return the folds, the classes and the figures."""
-    split = settings.split
-    store = open_store(job.channel("train"), settings.data.max_unpacked_gib)
-    rows = labelled_rows(store, settings)
+    split, data = settings.split, settings.data
+    store = open_store(job.channel("train"), data.max_unpacked_gib)
+    rows, corrections = labelled_rows(store, settings), {}
+    if data.groups:
+        rows, corrections["groups"] = join_groups(store, data.groups, rows)
+    decisions = read_decisions(store, data.labels, rows, class_aliases(settings)) if data.labels else None
     log.info("split: %d rows of %d classes in %s", len(rows), len(rows.classes), rows.layout)
 
     hashes, skipped, pictures, known = pa.nulls(len(rows), pa.string()), [], rows.paths, rows.classes
     if split.verify_images:
-        opened = verify.verify_images(store, rows.paths, decode_options(settings.data))
-        skipped = opened.failures(rows.paths)
-        if skipped and not split.skip_unreadable:
-            reasons = "; ".join(failure["reason"] for failure in skipped[: verify.MAX_LISTED])
-            raise DataError(
-                f"{len(skipped)} of {len(rows)} images cannot be read, such as: {reasons}; repair or remove them, or set "
-                "split.skip_unreadable=true to ignore them"
-            )
-        rows, hashes, pictures = rows.take(opened.readable), opened.sha256.drop_null(), opened.pixels[opened.readable]
+        opened = verify_train(store, rows, settings)
+        skipped, readable = opened.failures(rows.paths), opened.readable
+        rows, hashes, pictures = rows.take(readable), opened.sha256.drop_null(), opened.pixels[readable]
+        decisions = None if decisions is None else decisions.take(readable)
     tested = verify_eval(job, settings, rows)
     duplicates = find_duplicates(pictures)
     fold, part = assign_rows(rows, duplicates, split)
 
     table = FoldTable(rows.ids, rows.paths, rows.codes, rows.classes, rows.groups, fold, part, hashes, rows.factors)
-    lost = sorted({*rows.lost, *known} - set(rows.classes))
-    summary = summarise(table, rows, duplicates, skipped, lost, hashed_settings(settings, job.stage.sections))
+    lost, strata = sorted({*rows.lost, *known} - set(rows.classes)), rows.strata
+    if decisions is not None:
+        table, kept, corrections["labels"] = decisions.apply(table)
+        pictures = pictures[kept] if isinstance(pictures, np.ndarray) else pictures.filter(pa.array(kept))
+        strata = None if strata is None else strata.filter(pa.array(kept))
+        duplicates = find_duplicates(pictures)
+    used = hashed_settings(settings, job.stage.sections)
+    summary = summarise(table, rows, duplicates, skipped, lost, used) | {"corrections": corrections}
     folder = job.output()
     for name in (*FILES.values(), SUMMARY, OVERLAP):  # an earlier split may have written other files
         (folder / name).unlink(missing_ok=True)
@@ -66,8 +71,8 @@ def main(job: StageContext, settings: Settings) -> StageResult:
     write_folds(outputs[0], table)
     write_json(outputs[1], class_file_content(table))
     write_json(outputs[2], summary)
-    if split.write_csv or rows.strata is not None:
-        outputs += write_parts(folder, table, rows.strata, split.seed, split.ratios)
+    if split.write_csv or strata is not None:
+        outputs += write_parts(folder, table, strata, split.seed, split.ratios)
     log_summary(summary)
     return StageResult(outputs, {"rows": len(table), "classes": len(table.classes), "folds": table.num_folds})
 
@@ -81,7 +86,24 @@ def labelled_rows(store: ImageStore, settings: Settings) -> LabelledImages:
             f"{store.root}: no image can be read in {', '.join(rows.lost.values())}; convert or remove the files, or set "
             "split.skip_unreadable=true to split without these classes"
         )
-    return ClassAliases(settings.data.class_aliases, settings.data.alias_policy).merge_rows(rows)
+    return class_aliases(settings).merge_rows(rows)
+
+
+def class_aliases(settings: Settings) -> ClassAliases:
+    return ClassAliases(settings.data.class_aliases, settings.data.alias_policy)
+
+
+def verify_train(store: ImageStore, rows: LabelledImages, settings: Settings) -> verify.VerifiedImages:
+    """Open the images of the rows. Raise a DataError for unreadable ones, unless the settings leave them out."""
+    opened = verify.verify_images(store, rows.paths, decode_options(settings.data))
+    failures = opened.failures(rows.paths)
+    if failures and not settings.split.skip_unreadable:
+        reasons = "; ".join(failure["reason"] for failure in failures[: verify.MAX_LISTED])
+        raise DataError(
+            f"{len(failures)} of {len(rows)} images cannot be read, such as: {reasons}; repair or remove them, or set "
+            "split.skip_unreadable=true to ignore them"
+        )
+    return opened
 
 
 def verify_eval(
@@ -100,7 +122,7 @@ def verify_eval(
     images = images.with_label_column("", answer=settings.ensemble.answer, positive=settings.ensemble.positive_class)
     check_rows(images)
     if rows.factors is None:  # otherwise models may predict only some factors
-        check_submission(images, rows.classes, ClassAliases(data.class_aliases, data.alias_policy))
+        check_submission(images, rows.classes, class_aliases(settings))
     paths = images.paths if settings.split.verify_images else images.paths[:0]
     opened = verify.verify_images(store, pa.array(paths, pa.string()), decode_options(data))
     if opened.unreadable:

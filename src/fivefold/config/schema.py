@@ -71,6 +71,8 @@ class Data(Section):
     path_column: str = setting("", "CSV column of image paths; empty: image_path, img_path, path or similar")
     label_column: str = setting("", "CSV column of classes; empty: target, label, class_name or similar")
     group_column: str = setting("", "CSV column of groups (people, products) that folds must not split")
+    labels: str = setting("", "CSV of corrected labels: a file in the train channel, or a path; see docs/data.md")
+    groups: str = setting("", "CSV of rows that folds must not divide: a file in the train channel, or a path")
     image_root: str = setting("", "folder that relative CSV paths start from; empty: where they exist")
     category_column: str = setting("", "products: column of categories; empty: category_name or category")
     image_types: dict[str, str] = setting(IMAGE_TYPES, "products: class of the images in each column")

@@ -36,7 +36,15 @@ IMAGE_VARIABLE = "FIVEFOLD_IMAGE"
 PACKAGES = (
     "torch", "torchvision", "timm", "efficientnet-pytorch", "numpy", "pillow", "pyarrow", "scikit-learn", "safetensors"
 )  # fmt: skip
-PATH_SETTINGS = ("model.weights", "distill.teacher", "ensemble.submissions", "compare.submissions", "compare.runs")
+PATH_SETTINGS = (
+    "data.labels",
+    "data.groups",
+    "model.weights",
+    "distill.teacher",
+    "ensemble.submissions",
+    "compare.submissions",
+    "compare.runs",
+)
 
 
 @dataclass(frozen=True)

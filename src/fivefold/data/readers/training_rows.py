@@ -85,7 +85,7 @@ def read_rows(store: ImageStore, data: Data, check_files: bool = True) -> Labell
 
 
 def _table_or_folders(store: ImageStore, stock: Inventory, data: Data, check_files: bool) -> LabelledImages:
-    tables = _find_tables(store, data.table, "train", lambda table: _is_usable(table, data))
+    tables = _find_tables(store, data, "train", lambda table: _is_usable(table, data))
     if not tables and data.layout == "csv":
         raise DataError(f"no CSV in {store.root}; set data.table to its name, or data.layout=folders")
     if tables and (
@@ -110,14 +110,15 @@ def _table_or_folders(store: ImageStore, stock: Inventory, data: Data, check_fil
     return rows
 
 
-def _find_tables(store: ImageStore, name: str, usual: str, is_usable: Callable[[CsvFile], bool]) -> list[CsvFile]:
-    """Return the CSV `name`, or the one called `usual`, or the only usable one, followed by the CSVs that are not usable."""
-    if name:
-        return [layouts.open_table(store, name)]
+def _find_tables(store: ImageStore, data: Data, usual: str, is_usable: Callable[[CsvFile], bool]) -> list[CsvFile]:
+    """Return the CSV `data.table`, or the one called `usual`, or the only usable one, followed by the CSVs that are not usable."""
+    if data.table:
+        return [layouts.open_table(store, data.table)]
     others: list[CsvFile] = []
     for level in layouts.search_levels(store, TRAIN_FOLDERS):
         names = [name for name in layouts.list_csvs(store, level) if layouts.stem(name) not in NON_TRAINING_TABLES]
         names = [name for name in names if not is_sample_submission(name) and not is_ground_truth(name)]
+        names = [name for name in names if name not in (data.labels, data.groups)]
         tables = [layouts.open_table(store, name) for name in names]
         named = [table for table in tables if layouts.stem(table.name) == usual]
         usable = named or [table for table in tables if is_usable(table)]
@@ -304,7 +305,7 @@ def _product_rows(store: ImageStore, data: Data, check_files: bool) -> LabelledI
     """
     if len(set(data.image_types.values())) < 2:
         raise SettingsError("data.image_types gives fewer than two classes; map image columns to at least two")
-    tables = _find_tables(store, data.table, "image_data", lambda table: all(map(table.column, data.image_types)))
+    tables = _find_tables(store, data, "image_data", lambda table: all(map(table.column, data.image_types)))
     if not tables:
         raise DataError(f"no image_data.csv in {store.root}, nor another CSV; set data.table to its name")
     table = tables[0]

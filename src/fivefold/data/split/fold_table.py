@@ -63,6 +63,21 @@ class FoldTable:
     def num_folds(self) -> int:
         return int(self.fold.max(initial=-1)) + 1
 
+    def take(self, kept: np.ndarray) -> "FoldTable":
+        """Return the rows where `kept` [N] bool is true, without the classes that have no row left."""
+        used = np.unique(self.codes[kept])
+        classes = tuple(self.classes[code] for code in used)
+        arrow = {name: getattr(self, name).filter(pa.array(kept)) for name in ("ids", "paths", "groups", "sha256")}
+        return replace(
+            self,
+            codes=np.searchsorted(used, self.codes[kept]).astype(np.int32),
+            classes=classes,
+            fold=self.fold[kept],
+            part=self.part[kept],
+            factors=None if self.factors is None else self.factors.restrict(classes),
+            **arrow,
+        )
+
     def train_rows(self, fold: int) -> np.ndarray:
         """Return the indices of the rows that fold `fold` trains on, ascending."""
         return np.flatnonzero((self.part == "train") & (self.fold != self._check_fold(fold)))

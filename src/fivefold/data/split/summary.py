@@ -87,8 +87,25 @@ def describe_data(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Classes without a readable image", summary["lost_classes"], ", ".join(summary["lost_classes"])),
         ("Duplicate images", duplicates["sets"], f"{duplicates['sets']:,} sets, {duplicates['rows']:,} rows"),
         ("Duplicates with different labels", conflicting["sets"], f"{conflicting['sets']:,} sets"),
+        *((name, True, value) for name, value in _describe_corrections(summary)),
     ]
     return [(name, value) for name, is_shown, value in counts if is_shown]
+
+
+def _describe_corrections(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return name and value of the counts of `data.labels` and `data.groups`, as far as they were set."""
+    labels, groups = (summary.get("corrections", {}).get(name) for name in ("labels", "groups"))
+    counts = []
+    if groups:
+        counts.append(("Proposed groups", f"{groups['groups']:,} of {groups['rows']:,} rows, kept in one fold each"))
+    if labels:
+        names = ("relabelled", "dropped", "confirmed", "undecided")
+        counts.append(("Corrected labels", ", ".join(f"{labels[name]:,} {name}" for name in names)))
+    if labels and labels["held_out"]:
+        counts.append(
+            ("Corrections not applied", f"{labels['held_out']:,} of holdout or test rows, which stay as they are")
+        )
+    return counts
 
 
 def log_summary(summary: Mapping[str, Any]) -> None:
@@ -108,6 +125,8 @@ def log_summary(summary: Mapping[str, Any]) -> None:
     for problem, count in problems.items():
         if count:
             log.warning("split: %d %s", count, problem)
+    for name, value in _describe_corrections(summary):
+        log.info("split: %s: %s", name, value)
 
 
 def class_file_content(table: FoldTable) -> dict[str, Any]:
