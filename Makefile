@@ -78,8 +78,8 @@ lock: ## compile the three requirements files from pyproject.toml, keep pins if 
 	@$(BIN)/python -m pip install --disable-pip-version-check -q $(UV)
 	@mkdir -p build/lock && cat requirements.txt requirements-dev.txt | grep -v '^-r' >build/lock/all.txt
 	@$(call compile,build/lock/all.txt,--all-extras $(if $(UPGRADE),--upgrade))
-	@$(call compile,requirements.txt,--extra launch --constraint build/lock/all.txt)
-	@$(call compile,docker/requirements.txt,--constraint build/lock/all.txt)
+	@$(call compile,requirements.txt,--extra launch --extra audit --constraint build/lock/all.txt)
+	@$(call compile,docker/requirements.txt,--extra audit --constraint build/lock/all.txt)
 	@$(call compile,requirements-dev.txt,--all-extras --constraint build/lock/all.txt \
 		$$(sed -n 's/==.*//p' requirements.txt | sed 's/^/--no-emit-package /'))
 	@{ echo "-r requirements.txt"; cat requirements-dev.txt; } >build/lock/dev.txt && mv build/lock/dev.txt requirements-dev.txt

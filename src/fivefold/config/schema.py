@@ -283,6 +283,14 @@ class Evaluate(Section):
     allow_empty: bool = setting(False, "succeed even if no row has a ground truth")
 
 
+class Audit(Section):
+    features: Literal["auto", "off"] = setting(
+        "auto", "features of the pretrained backbone, if its weights are at hand"
+    )
+    images: bool = setting(True, "measure every image to find dark, blurred, tiny and other odd ones")
+    max_suspects: int = setting(5000, "maximum number of suspicious labels to list", ge=1)
+
+
 class Serve(Section):
     host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 or :: (with IPv6) for all", min_length=1)
     port: int = setting(8080, "port to listen on (or SAGEMAKER_BIND_TO_PORT); 0: any free", ge=0, le=65535)
@@ -418,6 +426,7 @@ class Settings(Section):
     compare: Compare = Compare()
     distill: Distill = Distill()
     export: Export = Export()
+    audit: Audit = Audit()
     serve: Serve = Serve()
     sagemaker: SageMaker = SageMaker()
     kubernetes: Kubernetes = Kubernetes()

@@ -104,6 +104,7 @@ CHANNELS: dict[str, dict[str, str]] = {
     "prepare": {"folds": "split/output"},
     "train-fold": {"folds": "split/output"},
     "ensemble": {"model": "", "folds": "split/output"},
+    "audit": {"model": "", "folds": "split/output"},
     "evaluate": {"predictions": "ensemble/output", "model": "", "folds": "split/output"},
     "distill": {"folds": "split/output", "model": ""},
 }

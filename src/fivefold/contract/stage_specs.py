@@ -17,6 +17,10 @@ EXAMPLES = "validation_examples.png"
 PREDICTIONS = "predictions.parquet"
 ENSEMBLE = "ensemble.json"
 EXPORT = "export.json"
+LABELS = "labels.csv"
+ODD_IMAGES = "odd_images.csv"
+AUDIT = "audit.json"
+AUDIT_PAGE = "audit.html"
 PER_SYSTEM_CSV = "csv"
 OUTPUT = "output.csv"
 METRICS = "metrics.json"
@@ -125,6 +129,14 @@ STAGES = {
             sections=("data", "evaluate", *_ANSWER),
             recorded_channels=("eval", "train"),
             output_channel="predictions",
+        ),
+        Stage(
+            name="audit",
+            summary="a split, fold models or pretrained weights -> labels.csv, audit.html: labels and images to look at",
+            channels=("train", "folds"),
+            optional=("model", "weights", "cache"),
+            hashed=("folds", "model", "weights"),
+            sections=("system", "seed", *_TRAINING, "audit"),
         ),
         Stage(
             name="compare",

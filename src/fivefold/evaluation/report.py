@@ -111,12 +111,12 @@ def write_pictures(folder: Path, pictures: Mapping[str, bytes]) -> list[Path]:
     return [folder / f"{name}.png" for name in pictures]
 
 
-def thumbnail(pixels: np.ndarray) -> bytes:
-    """Encode an image uint8 [H, W, 3] at up to 160 px: as JPEG, or as PNG if it is so small that JPEG would blur it."""
+def thumbnail(pixels: np.ndarray, side: int = THUMBNAIL) -> bytes:
+    """Encode an image uint8 [H, W, 3] at up to `side` pixels: as JPEG, or as PNG if it is so small that JPEG would blur it."""
     from PIL import Image
 
     image = Image.fromarray(pixels)
-    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
     encoded = BytesIO()
     if max(image.size) <= PIXELATED:
         image.save(encoded, "PNG", optimize=True)

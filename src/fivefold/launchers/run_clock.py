@@ -70,8 +70,12 @@ class RunClock:
         return time.time() + max(0.0, self.left - self.reserve()) * lengths[0] / sum(lengths)
 
     def fits(self, step: Step) -> bool:
-        """Return whether the time is enough to start the step. Up to the report of the linear probes it always is."""
+        """Return whether the time is enough to start the step. Up to the first report it always is, so that a run has a result."""
         if self.limit == math.inf or step.name.startswith(LINEAR):
+            return True
+        if step.stage in ("ensemble", "evaluate") and not any(
+            other.stage == "evaluate" and read_step_record(other) for other in self.steps
+        ):
             return True
         needed = self.reserve() if step.timed else self._expected(step)
         return needed is None or self.left > needed

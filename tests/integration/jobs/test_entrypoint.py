@@ -215,7 +215,7 @@ def test_stage_name_comes_from_arguments_or_environment(arguments, environ, name
     ("arguments", "stage", "message"),
     [
         (["trian-fold"], None, "unknown stage 'trian-fold'; did you mean 'train-fold'?; known: "),
-        ([], None, " split, plan, prepare, train-fold, ensemble, evaluate, "),
+        ([], None, " split, plan, prepare, train-fold, ensemble, evaluate, audit, "),
         (["train"], "spilt", "unknown stage 'spilt'; did you mean 'split'?"),
     ],
 )

@@ -114,6 +114,11 @@ def test_without_linear_probes_a_fifth_of_the_time_is_kept(tmp_path):
     clock._started -= 801
     assert not clock.fits(plan.step("fold-0"))
     assert clock.fits(plan.step("ensemble"))
+    clock.forecast = {"ensemble": 300.0, "distill": 300.0}
+    assert not clock.fits(plan.step("distill"))
+    assert clock.fits(plan.step("ensemble")), "a run without a report makes one, even if it ends a little late"
+    finish(plan, 1.0, "evaluate")
+    assert not clock.fits(plan.step("ensemble"))
 
 
 def test_steps_that_do_not_fit_are_left_out_but_never_the_first_ones(tmp_path):

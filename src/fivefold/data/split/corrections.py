@@ -140,6 +140,9 @@ def _read(table: CsvFile, rows: LabelledImages, columns: Sequence[str]) -> pd.Da
         raise DataError(f"{table} has no column {missing[0]!r}; it has {', '.join(table.columns)}")
     frame = table.read([*found.values()]).set_axis([*found], axis="columns").drop_duplicates(ignore_index=True)
     index = pc.index_in(pa.array(frame["id"], pa.string()), value_set=rows.ids)
+    if index.null_count:  # a table that this project wrote quotes cells that a spreadsheet would run as a formula
+        plain = pa.array(frame["id"].str.removeprefix("'"), pa.string())
+        index = pc.coalesce(index, pc.index_in(plain, value_set=rows.ids))
     if index.null_count:
         unknown = frame["id"][np.asarray(pc.is_null(index))]
         raise DataError(f"{table}: {len(unknown)} ids are not ids of training rows: {preview(unknown)}")

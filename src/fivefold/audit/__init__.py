@@ -1,0 +1,1 @@
+"""Audit of training data: labels and images that a person should look at."""
