@@ -31,7 +31,7 @@ def test_env_for_run_gives_the_variables_of_the_plan(tmp_path: Path):
         assert fill(step.stage, run, fold, **variables) == dict(step.environment), step.name
     planning = make_planning(inputs, (), "first", str(run.parent))
     assert fill("plan", run, None, SM_CHANNEL_TRAIN="/data") == dict(planning.step("plan").environment)
-    assert set(CHANNELS) - {"prepare", "plan"} == {step.stage for step in plan.steps}
+    assert set(CHANNELS) - {"prepare", "plan", "audit"} == {step.stage for step in plan.steps}
 
 
 def test_env_for_run_keeps_set_variables_and_platform_folders(tmp_path: Path):
