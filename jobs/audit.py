@@ -19,12 +19,11 @@ from fivefold.audit.label_errors import (
 )
 from fivefold.config.schema import Settings
 from fivefold.contract.artifacts import ModelDir, check_split, find_all, find_models
-from fivefold.contract.files import write_json, write_text
+from fivefold.contract.files import sha256, write_json, write_text
 from fivefold.contract.job import StageContext, StageResult
 from fivefold.contract.stage_specs import AUDIT, AUDIT_PAGE, LABELS, MODEL, ODD_IMAGES, OOF
 from fivefold.csv_tables import open_csv
 from fivefold.data.image_io import decode, decode_options, map_in_threads
-from fivefold.data.pipeline.image_cache import DECODER
 from fivefold.data.readers.stores import ImageStore
 from fivefold.data.split.assign import find_duplicates, group_codes
 from fivefold.data.split.fold_table import FoldTable
@@ -78,7 +77,8 @@ def main(job: StageContext, settings: Settings) -> StageResult:
     ]
     write_json(output / AUDIT, counts)
     title = settings.run or settings.system or "data"
-    write_text(output / AUDIT_PAGE, draw_page(title, table, suspects, odd, confused, counts, store, settings))
+    page_key = sha256(split)[:16]
+    write_text(output / AUDIT_PAGE, draw_page(title, page_key, table, suspects, odd, confused, counts, store, settings))
     for text in left_out:
         log.warning("audit: not examined: %s", text)
     log.info(
@@ -218,12 +218,12 @@ def keep_decisions(suspects: pd.DataFrame, path: Path) -> pd.DataFrame:
         raise DataError(
             f"{path} has no column {missing[0]!r}, so its decisions cannot be kept; move it to another folder"
         )
-    try:
-        decided = earlier.read(COLUMNS)
-    except DataError as error:
-        if "holds no rows" in str(error):
-            return suspects
-        raise
+    if not earlier.text.strip().partition("\n")[2]:  # only a header
+        return suspects
+    decided = earlier.read(COLUMNS)
+    decided["id"] = decided["id"].where(
+        ~decided["id"].str.match(r"'[=+@\t\r-]"), decided["id"].str[1:]
+    )  # as `write_csv` quotes
     decided = decided[decided["decision"].str.strip() != ""].set_index("id", drop=False)
     if not len(decided):
         return suspects
@@ -245,6 +245,7 @@ def rare_classes(table: FoldTable) -> dict[str, int]:
 
 def draw_page(
     title: str,
+    key: str,
     table: FoldTable,
     suspects: pd.DataFrame,
     odd: pd.DataFrame,
@@ -253,6 +254,7 @@ def draw_page(
     store: ImageStore,
     settings: Settings,
 ) -> str:
+    """Return the page; `key` names the data, so that the browser keeps the decisions on other data apart."""
     limit = decode_options(settings.data).max_pixels
     numbers = np.bincount(table.codes, minlength=len(table.classes)).tolist()
     cards = [
@@ -266,7 +268,7 @@ def draw_page(
         odd,
         lambda path: decode(store.read(path), path, limit, page.SIDE),
         title=title,
-        key=f"{DECODER}-{len(table)}-{title}",
+        key=key,
         cards=cards,
         classes=list(zip(table.classes, numbers, strict=True)),
         confused=confused,
