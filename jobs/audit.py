@@ -36,7 +36,7 @@ from fivefold.predictions import Predictions, mean_by_id
 from fivefold.progress import track
 from fivefold.stages import image_source
 from fivefold.stages.linear_probe import LinearProbe
-from fivefold.stages.training_run import read_split, resolve_runtime, start_network
+from fivefold.stages.training_run import probe_cache_dir, read_split, start_network
 from fivefold.training.linear_probe import fit_linear
 
 COLUMNS = (
@@ -113,7 +113,8 @@ def frozen_features(
         return None, [f"{what} ({error})"]
     if not network.initial_weights:
         return None, [f"{what}; set model.pretrained=auto, or recipe=photographs"]
-    settings, runtime = resolve_runtime(job, settings, network, SINGLE_PROCESS)
+    settings = build.resolve_precision(settings, network, SINGLE_PROCESS, None, probe_cache_dir(job))
+    runtime = build.make_training_runtime(settings, SINGLE_PROCESS)
     images = build.split_dataset(store, table, np.arange(len(table)), settings, training=False)
     probe = LinearProbe(runtime.to_device(network), settings, runtime)
     return probe.features(images).mean(dim=1).float().cpu().numpy(), []

@@ -13,7 +13,7 @@ from fivefold.contract.filenames import pick_ground_truth_file
 from fivefold.contract.job import channels_from_env, has_sagemaker_dirs
 from fivefold.contract.s3.sync import S3Sync
 from fivefold.contract.s3.urls import is_url, parse
-from fivefold.contract.stage_specs import RECORD, STAGES, Stage
+from fivefold.contract.stage_specs import MODEL, RECORD, STAGES, Stage
 from fivefold.errors import MissingInputError, SettingsError
 
 GROUND_TRUTH = "gt.csv"
@@ -21,6 +21,8 @@ EVAL_TABLE = "test.csv"
 PREPARED = "prepare/output"
 CACHES = ".cache"
 """The folder of image caches that all runs in a folder share. No run can have this name."""
+MODEL_FILES = (MODEL, "model.tar.gz")
+"""What a folder `model` holds after a stage that trains, the second as SageMaker packs it."""
 
 
 def run_path(runs: str, run: str) -> str:
@@ -61,6 +63,8 @@ def env_for_run(stage: Stage, environ: Mapping[str, str], run: str, fold: int | 
     for name, place in channel_paths(stage.name, run).items():
         if name not in channels and (name in stage.channels or _exists(place)):
             variables[f"SM_CHANNEL_{name.upper()}"] = place
+    if stage.name == "audit" and "model" not in channels and not _has_models(run):
+        del variables["SM_CHANNEL_MODEL"]  # an audit before any training
     prepared = f"{run}/{PREPARED}"
     if "cache" in stage.optional and "cache" not in channels:
         # at a URL only finished stages are visible
@@ -87,6 +91,14 @@ def pick_ground_truth(names: Sequence[str]) -> str | None:
     folders = {posixpath.dirname(name) for name in names if posixpath.basename(name).lower() == EVAL_TABLE}
     beside = [pick_ground_truth_file(n for n in names if posixpath.dirname(n) == folder) for folder in sorted(folders)]
     return min((name for name in beside if name), key=len, default=None)
+
+
+def _has_models(run: str) -> bool:
+    """Return whether a step of the run at `run` has finished a model."""
+    if is_url(run):
+        return any(posixpath.basename(name) in MODEL_FILES for name in S3Sync(Path()).names(parse(run, "RUNS")))
+    patterns = (f"{folders}/model/{name}" for folders in ("*", "*/*") for name in MODEL_FILES)
+    return any(path.is_file() for pattern in patterns for path in Path(run).glob(pattern))
 
 
 def _exists(place: str) -> bool:

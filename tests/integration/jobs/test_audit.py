@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from fivefold.contract.files import read_json
-from toy_data import MODEL, copy_run, failure, run_stage, write_csv
+from toy_data import MODEL, call_jobs, copy_run, failure, run_stage, write_csv
 
 OUTPUTS = ["audit.html", "audit.json", "labels.csv", "odd_images.csv", "stage.json"]
 MISLABELLED = {f"{number}.png" for number in (9, 19, 29)}
@@ -79,7 +79,7 @@ def read_split(root: Path) -> list[str]:
 
 def test_features_of_given_weights_judge_labels_without_any_model(toy_run, tmp_path):
     weights = toy_run / "fold-0" / "model" / "model.safetensors"
-    settings = [*MODEL, f"model.weights={weights}", "train.precision=fp32", "train.batch_size=8", "audit.images=false"]
+    settings = [*MODEL, f"model.weights={weights}", "train.batch_size=8", "audit.images=false"]
     assert run_stage(toy_run, "audit", tmp_path, *settings) == 0
     labels = read(tmp_path)
     assert read_json(tmp_path / "output" / "audit.json")["not_examined"] == []
@@ -87,6 +87,14 @@ def test_features_of_given_weights_judge_labels_without_any_model(toy_run, tmp_p
     flagged = labels[labels["issue"] == 1]
     assert flagged["id"].map(lambda name: Path(name).name in MISLABELLED).mean() >= 0.6
     assert flagged["neighbours_suggested"].astype(float).mean() > flagged["neighbours_given"].astype(float).mean()
+
+
+def test_an_audit_needs_only_the_split_of_its_run(toy_run, tmp_path):
+    variables = {"SM_CHANNEL_TRAIN": toy_run / "train"}
+    for stage, *arguments in (["split", "split.folds=3"], ["audit", "audit.images=false"]):
+        ended = call_jobs(stage, f"RUNS={tmp_path}", "RUN=look", *arguments, **variables)
+        assert ended.returncode == 0, ended.stderr
+    assert len(read_json(tmp_path / "look" / "audit" / "output" / "audit.json")["not_examined"]) == 2
 
 
 def test_without_models_and_weights_the_images_are_examined_and_the_rest_is_named(toy_run, tmp_path):
