@@ -44,11 +44,15 @@ COLUMNS = (
     "neighbours_given", "neighbours_suggested", "issue",
 )  # fmt: skip
 """The columns of labels.csv."""
+FIGURES = [*COLUMNS[6:]]
+"""Those that hold numbers."""
 
 
 def main(job: StageContext, settings: Settings) -> StageResult:
     """Examine the rows of the split; return labels.csv, odd_images.csv, audit.json, audit.html, and the counts."""
     require_packages(["cleanlab"], "audit", "the stage audit")
+    output = job.output()
+    earlier = read_earlier(output / LABELS)
     split, table = read_split(job)
     models = read_models(job, split, table)
     store = image_source.open_split(job, table, settings)
@@ -61,8 +65,7 @@ def main(job: StageContext, settings: Settings) -> StageResult:
     odd = pd.DataFrame(columns=["path", "problem", "value", "typical"])
     if settings.audit.images:
         odd = list_odd_images(table, store, settings)
-    output = job.output()
-    suspects = keep_decisions(suspects, output / LABELS)
+    suspects = keep_decisions(suspects, earlier)
     counts = {
         "rows": len(table),
         "suspects": int(suspects["issue"].eq(1).sum()),
@@ -210,31 +213,33 @@ def list_odd_images(table: FoldTable, store: ImageStore, settings: Settings) -> 
     ]
 
 
-def keep_decisions(suspects: pd.DataFrame, path: Path) -> pd.DataFrame:
-    """Return the suspects with the decisions of an earlier `labels.csv` at `path`; its decided rows that are no suspects stay too."""
+def read_earlier(path: Path) -> pd.DataFrame | None:
+    """Return the decided rows of an earlier `labels.csv` by id; None if there is none. Raise a DataError for another table."""
     if not path.is_file():
-        return suspects
+        return None
     earlier = open_csv(path)
-    if missing := [name for name in COLUMNS if name not in earlier.columns]:
+    if missing := [name for name in COLUMNS[:3] if name not in earlier.columns]:
         raise DataError(
             f"{path} has no column {missing[0]!r}, so its decisions cannot be kept; move it to another folder"
         )
     if not earlier.text.strip().partition("\n")[2]:  # only a header
-        return suspects
-    decided = earlier.read(COLUMNS)
-    decided["id"] = decided["id"].where(
-        ~decided["id"].str.match(r"'[=+@\t\r-]"), decided["id"].str[1:]
-    )  # as `write_csv` quotes
-    decided = decided[decided["decision"].str.strip() != ""].set_index("id", drop=False)
-    if not len(decided):
+        return None
+    rows = earlier.read([name for name in COLUMNS if name in earlier.columns]).reindex(columns=COLUMNS, fill_value="")
+    rows["id"] = rows["id"].where(~rows["id"].str.match(r"'[=+@\t\r-]"), rows["id"].str[1:])  # as `write_csv` quotes
+    decided = rows[rows["decision"].str.strip() != ""].set_index("id", drop=False)
+    return decided if len(decided) else None
+
+
+def keep_decisions(suspects: pd.DataFrame, decided: pd.DataFrame | None) -> pd.DataFrame:
+    """Return the suspects with the earlier decisions. Decided rows that are no suspects any more follow."""
+    if decided is None:
         return suspects
     known = suspects["id"].isin(decided.index)
     for name in ("decision", "label"):
         suspects.loc[known, name] = decided.loc[suspects["id"][known], name].to_numpy()
-    rest = decided[~decided.index.isin(suspects["id"])].replace("", None)
-    numbers = [name for name in COLUMNS if name.endswith(("probability", "agreement")) or name.startswith("neighbours")]
-    rest = rest.astype(dict.fromkeys([*numbers, "issue"], float)).assign(near_given="", near_suggested="")
-    log.info("audit: %d decisions of %s are kept", len(decided), path)
+    rest = decided[~decided.index.isin(suspects["id"])].assign(near_given="", near_suggested="")
+    rest[FIGURES] = rest[FIGURES].replace("", None).astype(float)
+    log.info("audit: %d earlier decisions are kept", len(decided))
     return pd.concat([suspects, rest], ignore_index=True) if len(rest) else suspects
 
 

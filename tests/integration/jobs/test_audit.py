@@ -67,6 +67,10 @@ def test_decisions_survive_a_second_audit_and_change_the_split(toy_run, audited,
     assert (again["decision"] != "").sum() == 3
 
     file = folder / "output" / "labels.csv"
+    again.reset_index()[["id", "decision", "label"]].to_csv(file, index=False)  # as the page gives it
+    assert run_stage(toy_run, "audit", folder, "audit.images=false", "seed=1", MODEL=toy_run) == 0
+    assert read(folder).set_index("id")["decision"].drop(again.index, errors="ignore").eq("").all()
+    assert (read(folder)["decision"] != "").sum() == 3
     settings = ("split.folds=3", "split.holdout=0.1", f"data.labels={file}")
     assert run_stage(toy_run, "split", tmp_path / "split", *settings) == 0
     corrected = read_json(tmp_path / "split" / "output" / "split_summary.json")["corrections"]["labels"]
