@@ -46,6 +46,8 @@ COLUMNS = (
 """The columns of labels.csv."""
 FIGURES = [*COLUMNS[6:]]
 """Those that hold numbers."""
+ODD_COLUMNS = ["id", "path", "label", "problem", "value", "typical"]
+"""The columns of odd_images.csv."""
 
 
 def main(job: StageContext, settings: Settings) -> StageResult:
@@ -62,7 +64,7 @@ def main(job: StageContext, settings: Settings) -> StageResult:
         left_out.append("labels and confused classes: they need fold models (the channel model) or pretrained weights")
 
     suspects, confused = list_suspects(table, judged, features, settings.audit.max_suspects)
-    odd = pd.DataFrame(columns=["path", "problem", "value", "typical"])
+    odd = pd.DataFrame(columns=ODD_COLUMNS)
     if settings.audit.images:
         odd = list_odd_images(table, store, settings)
     suspects = keep_decisions(suspects, earlier)
@@ -208,9 +210,7 @@ def list_odd_images(table: FoldTable, store: ImageStore, settings: Settings) -> 
         figures = pd.DataFrame(list(track(measured, len(paths), "images")))
     odd = odd_images.find_odd(figures)
     places = odd.pop("row").to_numpy(int)
-    return odd.assign(id=ids[places], path=paths[places], label=labels[places])[
-        ["id", "path", "label", "problem", "value", "typical"]
-    ]
+    return odd.assign(id=ids[places], path=paths[places], label=labels[places])[ODD_COLUMNS]
 
 
 def read_earlier(path: Path) -> pd.DataFrame | None:

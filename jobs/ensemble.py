@@ -119,7 +119,7 @@ def predict_eval(
     product: FactorProduct | None,
 ) -> Predicted | None:
     """Predict the test images with all models, and read the submission `files`; None if there are no images and no files."""
-    options, groups, same = settings.ensemble, group_by_system(models), class_aliases(settings)
+    options, groups, same = settings.ensemble, group_by_system(models), ClassAliases.of(settings.data)
     log.info("%s: %d models and %d files", ", ".join([*groups, *files]), len(models), len(files))
     if not files and job.optional_channel("eval") is None:
         log.warning("no test images (SM_CHANNEL_EVAL is not set): only weights and temperature are fitted")
@@ -147,12 +147,8 @@ def write_blend(
 
     Return the files, and the facts about them for `ensemble.json`.
     """
-    images, unreadable, options, same = (
-        predicted.images,
-        predicted.unreadable,
-        settings.ensemble,
-        class_aliases(settings),
-    )
+    images, unreadable, options = predicted.images, predicted.unreadable, settings.ensemble
+    same = ClassAliases.of(settings.data)
     blended = apply_blend(blend, list(predicted.systems.values()), weights)
     log_probs = apply_temperature(blended, temperature)
     log_probs[unreadable] = blended[unreadable]
@@ -163,10 +159,6 @@ def write_blend(
     written += save_submission_per_system(output / PER_SYSTEM_CSV, tables, images, same)
     facts = {"submission": options.submission, "id_column": images.id_column}
     return written, facts | ({"unreadable": images.ids[unreadable].tolist()} if unreadable else {})
-
-
-def class_aliases(settings: Settings) -> ClassAliases:
-    return ClassAliases(settings.data.class_aliases, settings.data.alias_policy)
 
 
 def select_rows(job: StageContext, settings: Settings, files: Sequence[Path]) -> tuple[ImageStore | None, EvalImages]:

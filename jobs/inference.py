@@ -27,7 +27,7 @@ def main(job: StageContext, settings: Settings) -> StageResult:
         if knows := infos[0].get("knows"):
             log.warning("inference: the answers cover only the factors %s", ", ".join(knows))
     classes = product.factors.classes if product else tuple(infos[0]["classes"])
-    same = ClassAliases(settings.data.class_aliases, settings.data.alias_policy)
+    same = ClassAliases.of(settings.data)
     store = open_store(job.channel("eval"), settings.data.max_unpacked_gib)
     images = read_eval(store, settings.data.id_column, settings.data.path_column)
     images = images.with_label_column("", answer=settings.ensemble.answer, positive=settings.ensemble.positive_class)

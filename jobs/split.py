@@ -35,7 +35,7 @@ def main(job: StageContext, settings: Settings) -> StageResult:
     rows, corrections = labelled_rows(store, settings), {}
     if data.groups:
         rows, corrections["groups"] = join_groups(store, data.groups, rows)
-    decisions = read_decisions(store, data.labels, rows, class_aliases(settings)) if data.labels else None
+    decisions = read_decisions(store, data.labels, rows, ClassAliases.of(settings.data)) if data.labels else None
     log.info("split: %d rows of %d classes in %s", len(rows), len(rows.classes), rows.layout)
 
     hashes, skipped, pictures, known = pa.nulls(len(rows), pa.string()), [], rows.paths, rows.classes
@@ -86,11 +86,7 @@ def labelled_rows(store: ImageStore, settings: Settings) -> LabelledImages:
             f"{store.root}: no image can be read in {', '.join(rows.lost.values())}; convert or remove the files, or set "
             "split.skip_unreadable=true to split without these classes"
         )
-    return class_aliases(settings).merge_rows(rows)
-
-
-def class_aliases(settings: Settings) -> ClassAliases:
-    return ClassAliases(settings.data.class_aliases, settings.data.alias_policy)
+    return ClassAliases.of(settings.data).merge_rows(rows)
 
 
 def verify_train(store: ImageStore, rows: LabelledImages, settings: Settings) -> verify.VerifiedImages:
@@ -122,7 +118,7 @@ def verify_eval(
     images = images.with_label_column("", answer=settings.ensemble.answer, positive=settings.ensemble.positive_class)
     check_rows(images)
     if rows.factors is None:  # otherwise models may predict only some factors
-        check_submission(images, rows.classes, class_aliases(settings))
+        check_submission(images, rows.classes, ClassAliases.of(settings.data))
     paths = images.paths if settings.split.verify_images else images.paths[:0]
     opened = verify.verify_images(store, pa.array(paths, pa.string()), decode_options(data))
     if opened.unreadable:

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from fivefold.data.image_io import DecodeOptions
+from fivefold.data.image_io import DecodeOptions, is_grey
 
 SIDE = 256
 """Images are measured at up to this longer side, in pixels, so that figures of large and small ones compare."""
@@ -20,8 +20,6 @@ DEVIATIONS = 6.0
 """Robust standard deviations (1.4826 times the median absolute deviation) from the median that make a value odd."""
 BLACK = 12
 """The highest brightness of a black border, of 255."""
-GREY_DIFFERENCE = 8
-"""A grey pixel's channels differ by at most this much, of 255."""
 RARE = 0.1
 """Grey images among colour images are odd up to this fraction of all."""
 RULES = {
@@ -35,10 +33,6 @@ RULES = {
     "black border": ("border", 1, 0.01),
 }
 """Problem: the figure that shows it, the direction, and the least deviation that counts as one robust standard deviation."""
-SUFFIXES = {
-    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "MPO": (".jpg", ".jpeg", ".mpo"), "PNG": (".png", ".apng"), "BMP": (".bmp", ".dib"),
-    "GIF": (".gif",), "TIFF": (".tif", ".tiff"), "WEBP": (".webp",),
-}  # fmt: skip
 
 
 def measure(content: bytes, path: str, options: DecodeOptions) -> dict[str, float | str]:
@@ -53,11 +47,12 @@ def measure(content: bytes, path: str, options: DecodeOptions) -> dict[str, floa
     pixels = options.decode(content, path)
     height, width = pixels.shape[:2]
     with Image.open(io.BytesIO(content)) as header:
-        known = SUFFIXES.get(header.format or "")
-        unlike = header.format if known and PurePosixPath(path).suffix.lower() not in known else ""
+        named = Image.registered_extensions().get(PurePosixPath(path).suffix.lower())
+        is_jpeg = header.format == "MPO" and named == "JPEG"  # a JPEG with a second picture
+        unlike = "" if named in (None, header.format) or is_jpeg else str(header.format)
     image = Image.fromarray(pixels)
     image.thumbnail((SIDE, SIDE))
-    small, grey = np.asarray(image, np.int16), image.convert("L")
+    grey = image.convert("L")
     levels = np.asarray(grey, np.float32)
     return {
         "bright_end": float(np.percentile(levels, 99) / 255),
@@ -67,7 +62,7 @@ def measure(content: bytes, path: str, options: DecodeOptions) -> dict[str, floa
         "aspect": float(np.log2(width / height)),
         "entropy": float(grey.entropy()),
         "border": _black_border(levels),
-        "grey": float(np.mean(np.ptp(small, axis=2) <= GREY_DIFFERENCE) > 0.99),
+        "grey": float(is_grey(np.asarray(image))),
         "format": unlike,
     }
 

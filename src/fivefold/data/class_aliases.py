@@ -12,6 +12,7 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
+from fivefold.config.schema import Data
 from fivefold.contract.filenames import normalize_class_name
 from fivefold.data.readers.training_rows import LabelledImages
 from fivefold.errors import DataError
@@ -85,6 +86,11 @@ class ClassAliases:
             if name not in classes:
                 hint = did_you_mean(name, classes)
                 raise DataError(f"data.class_aliases names {name!r}, which is not a class of {owner}{hint}")
+
+    @classmethod
+    def of(cls, data: Data) -> "ClassAliases":
+        """Return the aliases of the settings in `[data]`."""
+        return cls(data.class_aliases, data.alias_policy)
 
     def check_model(self, classes: Sequence[str]) -> None:
         """Raise a DataError unless models of `classes` were trained under this policy."""

@@ -23,6 +23,10 @@ from fivefold.config.schema import Data, ImageFormat
 from fivefold.errors import DataError
 from fivefold.system import count_cores
 
+GREY_DIFFERENCE = 8
+"""A grey pixel's channels differ by at most this much, of 255."""
+GREY_PIXELS = 0.99
+"""Fraction of grey pixels in a grey image."""
 T, R = TypeVar("T"), TypeVar("R")
 
 # fmt: off
@@ -161,6 +165,11 @@ def _open_image(content: bytes, name: str, max_pixels: float, formats: Sequence[
         if isinstance(error, Image.UnidentifiedImageError):
             reason = f"it is no image of a known format, {', '.join(formats)} (it starts with {content[:4]!r})"
         raise DataError(f"{name} cannot be decoded: {reason if content else 'the file is empty'}") from error
+
+
+def is_grey(pixels: np.ndarray) -> bool:
+    """Return whether an image uint8 [H, W, 3] has no colour: the channels of almost every pixel differ by little."""
+    return bool(np.mean(np.ptp(pixels, axis=2) <= GREY_DIFFERENCE) >= GREY_PIXELS)
 
 
 def pixel_digest(pixels: np.ndarray) -> bytes:

@@ -10,16 +10,12 @@ import pyarrow as pa
 from PIL import Image
 
 from fivefold.config.schema import Data
-from fivefold.data.image_io import decode_options
+from fivefold.data.image_io import decode_options, is_grey
 from fivefold.data.readers.stores import ImageStore
 from fivefold.data.split.assign import group_codes
 
 SAMPLE = 64
 """Number of images that are opened."""
-GREY_DIFFERENCE = 8
-"""A grey pixel's channels differ by at most this much, of 255."""
-GREY_PIXELS = 0.99
-"""Fraction of grey pixels in a grey image."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +76,7 @@ def read_facts(
         pixels = options.decode(content, paths[row])
         seconds.append(time.perf_counter() - start)
         sizes.append(pixels.nbytes)
-        grey.append(np.mean(np.ptp(pixels, axis=2) <= GREY_DIFFERENCE) >= GREY_PIXELS)
+        grey.append(is_grey(pixels))
     return DataFacts(
         rows=len(codes),
         folds=folds,

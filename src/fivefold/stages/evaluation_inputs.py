@@ -107,7 +107,7 @@ class EvaluationInputs:
             return None
         self.job.channel("predictions")
         file = ground_truth.find_ground_truth_file(channel)
-        same = ClassAliases(self.settings.data.class_aliases, self.settings.data.alias_policy)
+        same = ClassAliases.of(self.settings.data)
         predicted = same.merge_table(self._predictions())
         read = ground_truth.read_ground_truth(file, self._id_column(), predicted.ids)
         labels = {name: same.canonical_names.get(label, label) for name, label in read.items()}
